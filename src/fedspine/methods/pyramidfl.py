@@ -32,7 +32,9 @@ from fedspine.core.reads import largest_share
 from fedspine.core.task import Task
 from fedspine.core.tensors import single
 from fedspine.lm.received import check_loss, check_settings
+from fedspine.split.received import as_sent
 from fedspine.split.whole_model import (
+    TOY,
     LocalResult,
     Training,
     WholeModelTraining,
@@ -44,9 +46,9 @@ from fedspine.split.whole_model import (
     train_whole,
     training_at,
     weights_of,
-    wired,
     with_memory,
 )
+from fedspine.split.wire import weights_wired
 
 MEMORY = 0.9  # what an old time still counts after a new one
 CHOICE = 1  # the purpose of a random stream
@@ -80,7 +82,7 @@ class PyramidResult:
         check_settings(reward=self.reward, norm=self.norm)
         within("seed", self.seed, 0, 2**31 - 1)
         if (order := asked.order) is not None:
-            dtype = torch.float16 if order.precision == "fp16" else torch.float32
+            dtype = as_sent(order.precision)
             entries = {
                 name: (dtype, (int(kept(self.seed, name, tensor, order.drop).sum()),))
                 for name, tensor in order.weights.items()
@@ -97,7 +99,7 @@ def train_and_thin(device: Device, order: PyramidOrder) -> PyramidResult:
     root = np.sqrt(_mean_square(device, result))
     update = {name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()}
     return PyramidResult(
-        update=wired(update, order.precision),  # type: ignore[arg-type]
+        update=weights_wired(update, order.precision),
         seed=seed,
         loss=result.ended,
         reward=len(device.data) * float(root),
@@ -170,7 +172,7 @@ class PyramidFL(WholeModelTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(steps=8, batch=16, optimiser="adamw", learning_rate=2e-2, rank=4, clip=1.0)
+        return cls(**TOY)
 
     def check(self, task: Task) -> None:
         check_whole(self, task)
@@ -272,7 +274,7 @@ class PyramidFL(WholeModelTraining):
                 taken = forecast.work_seconds(device.id) * passes / self.steps
                 steps = steps_with_slack(self.steps, max(seconds) - needed, taken, passes)
             orders[device.id] = PyramidOrder(
-                weights=wired(weights, self.precision),
+                weights=weights_wired(weights, self.precision),
                 training=replace(usual, steps=steps),
                 precision=self.precision,
                 drop=drop,

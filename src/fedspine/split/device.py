@@ -21,9 +21,9 @@ from torch import Tensor
 from fedspine.core.checks import Unusable, need
 from fedspine.core.device import Device, on_device
 from fedspine.core.message import Tensors, message
-from fedspine.core.tensors import half, single
+from fedspine.core.tensors import single
 from fedspine.split.batches import drawn
-from fedspine.split.interface import Features, SplitModel
+from fedspine.split.interface import Features, SplitModel, seed_at
 from fedspine.split.messages import Answer, Answered, Begin, Ended, Forwarded, Resized, Step
 from fedspine.split.trainable_half import TrainableHalf
 from fedspine.split.wire import (
@@ -32,6 +32,7 @@ from fedspine.split.wire import (
     gradient_wired,
     labels_wired,
     unwired,
+    weights_wired,
     wired,
 )
 
@@ -171,10 +172,10 @@ def ended(device: Device, order: Step, local_loss: LocalLoss | None = None) -> E
     device.uses(active.held.rows)
     _apply(device, active, order)
     del device.memory[HELD]
-    send = _as_sent(_precision(active.held))
-    ending = active.held.ending
+    precision, ending = _precision(active.held), active.held.ending
     return Ended(
-        weights=send(active.client_model.now()), ending=None if ending is None else send(ending)
+        weights=weights_wired(active.client_model.now(), precision),
+        ending=None if ending is None else weights_wired(ending, precision),
     )
 
 
@@ -279,7 +280,7 @@ def _remember(device: Device, active: ActiveBatch) -> None:
 
 def _drawing(held: Held) -> int:
     """The seed of the current batch's dropout."""
-    return int(np.random.SeedSequence([held.seed, held.iteration]).generate_state(1)[0])
+    return seed_at(held.seed, held.iteration)
 
 
 def _tokens(features: Features) -> int:
@@ -288,7 +289,3 @@ def _tokens(features: Features) -> int:
 
 def _precision(held: Held) -> WirePrecision:
     return held.order.precision  # type: ignore[return-value]
-
-
-def _as_sent(precision: str) -> Callable[[Tensors], Tensors]:
-    return (lambda weights: weights) if precision == "fp32" else half

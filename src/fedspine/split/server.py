@@ -36,6 +36,11 @@ class StepResult:
     counted: dict[DeviceId, int] = field(default_factory=dict)  # labels
     left_out: dict[DeviceId, str] = field(default_factory=dict)  # and why
 
+    def add(self, device: DeviceId, gradient: Features | None, loss: float, counted: int) -> None:
+        """The results of one device."""
+        self.gradients[device], self.losses[device] = gradient, loss
+        self.counted[device] = counted
+
 
 class ServerStep(Protocol):
     """A server model under training, for one round."""
@@ -111,9 +116,8 @@ class MergedStep:
         gradients = per_device(gradient, parts) if self._gradients else [None] * len(parts)
         for part, gradient, (own, counted) in zip(parts, gradients, found, strict=True):
             if gradient is not None and self._rescale:
-                scaled = gradient.values * (labels / max(counted, 1))
-                gradient = Features(values=scaled, mask=gradient.mask)
-            _put(result, part, gradient, own, counted)
+                gradient = gradient.times(labels / max(counted, 1))
+            result.add(part.device, gradient, own, counted)
         return result
 
     def finish(self, weights: Mapping[DeviceId, float]) -> Tensors:
@@ -218,9 +222,8 @@ class WeightedStep:
         for part, values, _, own, counted in sound:
             (gradient,) = per_device(values.grad, [part])
             if gradient is not None:
-                scaled = gradient.values * (whole / self._shares[part.device])
-                gradient = Features(values=scaled, mask=gradient.mask)
-            _put(result, part, gradient, own, counted)
+                gradient = gradient.times(whole / self._shares[part.device])
+            result.add(part.device, gradient, own, counted)
         return result
 
     def finish(self, weights: Mapping[DeviceId, float]) -> Tensors:
@@ -359,12 +362,4 @@ def _alone(
     found = _learnt(split_model, losses, values, server_model)
     server_model.step()
     (gradient,) = per_device(found, [part])
-    _put(result, part, gradient, loss, counted)
-
-
-def _put(
-    result: StepResult, part: Part, gradient: Features | None, loss: float, counted: int
-) -> None:
-    result.gradients[part.device] = gradient
-    result.losses[part.device] = loss
-    result.counted[part.device] = counted
+    result.add(part.device, gradient, loss, counted)

@@ -7,6 +7,7 @@ everything is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.noise import MOST_LOSS
 from fedspine.core.reads import Descent, Reads, largest_share, last_steps, lasting
 from fedspine.core.task import Task
-from fedspine.core.tensors import half, moved, single
+from fedspine.core.tensors import moved, single
 from fedspine.split.batches import rows_at
 from fedspine.split.interface import SplitModel
 from fedspine.split.messages import Cutting
@@ -46,6 +47,19 @@ class WholeModelTraining(ModelTraining):
     def predicted_reads(self, base: Any) -> Reads:
         """What a device's orders will read."""
         return replace(training_at(self, base, 0, 1).reads, scale=self.scale, rank=self.rank)
+
+
+# with which a tiny model learns a toy task in a few rounds
+TOY = MappingProxyType(
+    {
+        "rank": 4,
+        "steps": 8,
+        "batch": 16,
+        "optimiser": "adamw",
+        "learning_rate": 2e-2,
+        "clip": 1.0,
+    }
+)
 
 
 @message
@@ -217,11 +231,6 @@ def model_of(split_model: SplitModel, like: Any, weights: Tensors) -> Any:
         {name: weights[name] for name in client_model},
         {name: weights[name] for name in server_model},
     )
-
-
-def wired(weights: Tensors, wire: Wire) -> Tensors:
-    """Weights as they are sent."""
-    return half(weights) if wire == "fp16" else weights
 
 
 def check_sent(weights: Tensors, cutting: Cutting, precision: str, asked: Asked) -> None:
