@@ -32,7 +32,7 @@ from fedspine.lm.received import check_adapter, check_head, model_of
 from fedspine.lm.replies import average_replies
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, Tuning, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraResult, lora_result
 
 
@@ -105,14 +105,7 @@ class FedHello(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            rank=4,
-            share_by="random",
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY, rank=4, share_by="random")
 
     def check(self, task: Task) -> None:
         check_rank("method.rank", (self.rank,), task.base.layout)

@@ -24,14 +24,14 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Base, Model
 from fedspine.lm.cost import HALF, Extent, forward_flops, training_memory_bytes
-from fedspine.lm.forecast import USABLE_MEMORY, least_work, no_block_fits
+from fedspine.lm.forecast import USABLE_MEMORY, least_work, leave_out, no_block_fits
 from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, fresh_a
 from fedspine.lm.prefix import BATCH
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head
 from fedspine.lm.score import score
 from fedspine.lm.structure import full
-from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
 
 PRESENT, WIDER, DEEPER = "present", "wider", "deeper"
@@ -164,17 +164,7 @@ class FedAdapter(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            width=4,
-            width_step=2,
-            largest_width=8,
-            trial_rounds=2,
-            trial_rows=32,
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY, width=4, width_step=2, largest_width=8, trial_rounds=2, trial_rows=32)
 
     def check(self, task: Task) -> None:
         layers = task.base.layout.layers
@@ -279,7 +269,7 @@ class FedAdapter(LocalTraining):
             if fitting := [name for name in wanted if needed[name] <= room]:
                 orders[profile.id] = made[fitting[0]]
             else:
-                fleet.note(device=profile.id, left_out="no depth fits its memory")
+                leave_out(fleet, profile.id)
         return orders
 
     def _bytes(

@@ -23,7 +23,13 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import half
 from fedspine.lm.base import Model
 from fedspine.lm.cost import training_memory_bytes
-from fedspine.lm.forecast import USABLE_MEMORY, depth_traffic, least_work, no_block_fits
+from fedspine.lm.forecast import (
+    USABLE_MEMORY,
+    depth_traffic,
+    least_work,
+    leave_out,
+    no_block_fits,
+)
 from fedspine.lm.lora import check_least_depth, check_rank, fresh, on_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import model_of
@@ -31,7 +37,7 @@ from fedspine.lm.replies import average_replies
 from fedspine.lm.stored import Quantised, bits_each
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraResult, lora_result
 from fedspine.methods.legend import DepthOrder, LegendState
 
@@ -94,13 +100,7 @@ class FedQuad(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            rank=4,
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY, rank=4)
 
     def check(self, task: Task) -> None:
         check_ranges(self, {"coverage": (0, 1), "discount": (0, 1)})
@@ -195,7 +195,7 @@ class FedQuad(LocalTraining):
             if counts:
                 found[profile.id] = tuple(counts)
             else:
-                fleet.note(device=profile.id, left_out="no depth fits its memory")
+                leave_out(fleet, profile.id)
         return found
 
     def _allowed(self, depth: int) -> range:

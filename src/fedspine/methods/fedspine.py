@@ -36,7 +36,7 @@ from fedspine.lm.lora import adapter_rank, check_rank, fresh
 from fedspine.lm.merge import RankMerging, change, line_energy, merge, no_change, share
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, StructureKind, check_target, full, sparsity
-from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, check_tuning, tuning_at
 from fedspine.pruning.device import (
     SpineOrder,
     SpineResult,
@@ -93,15 +93,7 @@ class FedSpine(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        shared = {
-            "steps": 8,
-            "batch": 16,
-            "learning_rate": 2e-2,
-            "head_lr_multiplier": 1.0,
-            "warmup": 0.1,
-            "until": 0.6,
-        }
-        return cls(ranks=(2, 4, 8), **shared)
+        return cls(**TOY, ranks=(2, 4, 8), warmup=0.1, until=0.6)
 
     def check(self, task: Task) -> None:
         check_ranges(self, {"sparsity": (0, 0.95), "most_per_round": (1e-3, 1)})

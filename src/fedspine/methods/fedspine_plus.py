@@ -31,13 +31,7 @@ from fedspine.pruning.device import (
     SpineResult,
     prune_and_tune,
 )
-from fedspine.pruning.head_start import (
-    HeadWeights,
-    Start,
-    check_head_start,
-    know_classes,
-    started,
-)
+from fedspine.pruning.head_start import HeadWeights, Start, check_head_start, prepared_head
 
 
 @message
@@ -105,10 +99,7 @@ class FedSpinePlus(FedSpine):
             state = replace(
                 state, planned=self._planner(state).plan(state.times, state.depths, most).depths
             )
-        if state.round == 0:
-            rows = self.steps * self.batch
-            state = replace(state, head=started(self, state.head, fleet, rows=rows))
-        know_classes(self, fleet, rows=self.steps * self.batch)
+        state = replace(state, head=prepared_head(self, state, fleet))
         return super().round(state, fleet)
 
     def _knows_units(self, state: SpineState, device: DeviceId) -> bool:

@@ -27,7 +27,7 @@ from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_b, check_head, check_loss, check_settings
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, Tuning, check_tuning, tuning_at
 
 
 @message
@@ -105,7 +105,7 @@ class FfaLora(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(rank=4, steps=8, batch=16, learning_rate=2e-2, head_lr_multiplier=1.0)
+        return cls(**TOY, rank=4)
 
     def check(self, task: Task) -> None:
         check_rank("method.rank", (self.rank,), task.base.layout)

@@ -51,15 +51,9 @@ from fedspine.lm.received import check_adapter, check_head, model_of
 from fedspine.lm.replies import average_replies
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, Tuning, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraResult, lora_result
-from fedspine.pruning.head_start import (
-    HeadWeights,
-    Start,
-    check_head_start,
-    know_classes,
-    started,
-)
+from fedspine.pruning.head_start import HeadWeights, Start, check_head_start, prepared_head
 
 
 @message
@@ -149,15 +143,7 @@ class Legend(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            rank=4,
-            least_depth=1,
-            probe_batches=2,
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY, rank=4, least_depth=1, probe_batches=2)
 
     def check(self, task: Task) -> None:
         layers = task.base.layout.layers
@@ -204,10 +190,7 @@ class Legend(LocalTraining):
         )
 
     def round(self, state: LegendState, fleet: Fleet) -> LegendState:
-        if state.round == 0:
-            rows = self.steps * self.batch
-            state = replace(state, head=started(self, state.head, fleet, rows=rows))
-        know_classes(self, fleet, rows=self.steps * self.batch)
+        state = replace(state, head=prepared_head(self, state, fleet))
         hosted = self._hosted(state, fleet)
         times, silent = self._probed(state, fleet, hosted)
         state = replace(state, times=times)

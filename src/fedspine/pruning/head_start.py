@@ -77,6 +77,15 @@ class HeadStart(Protocol):
 
     head_start: Start  # "auto": class means where the head can start from them
     head_weights: HeadWeights  # by what devices count in the classifier: rows, or rows of its class
+    steps: int
+    batch: int
+
+
+class HeadState(Protocol):
+    """What a state says of the head."""
+
+    round: int
+    head: Tensors
 
 
 def check_head_start(fields: HeadStart, task: Task) -> None:
@@ -110,6 +119,16 @@ def _check_labels(task: Task) -> None:
             'method.head_weights is "labels", but counts of rows have no noise, which [privacy] '
             "needs; leave it out"
         )
+
+
+def prepared_head(fields: HeadStart, state: HeadState, fleet: Fleet) -> Tensors:
+    """The head that a round begins with: `started` before the first one, and `know_classes` in each,
+    of as many rows as a device trains on in a round.
+    """
+    rows = fields.steps * fields.batch
+    head = started(fields, state.head, fleet, rows=rows) if state.round == 0 else state.head
+    know_classes(fields, fleet, rows=rows)
+    return head
 
 
 def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Tensors:
@@ -153,12 +172,11 @@ def know_classes(fields: HeadStart, fleet: Fleet, *, rows: int) -> None:
 
 def _know(fleet: Fleet, replies: Sequence[Reply[ClassMeans]]) -> None:
     (layer,) = fleet.base.head
-    names = [f"{layer.path}.weight"] + ([] if layer.bias is None else [f"{layer.path}.bias"])
     found = {}
     for reply in replies:
         counts = reply.value.counts.float()
         shares = counts / counts.sum() if counts.any() else torch.ones_like(counts) / len(counts)
-        found[reply.device] = dict.fromkeys(names, shares)
+        found[reply.device] = dict.fromkeys(layer.tensors, shares)
     fleet.server.row_shares = fleet.server.row_shares | found
 
 
@@ -229,12 +247,7 @@ def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:
     """What the linear layer of the frozen base's readout is given of each row, fp32: the mean over
     the tokens of what enters it, where it reads every token.
     """
-    head = {
-        f"{layer.path}.{name}": tensor
-        for layer in base.head
-        for name, tensor in (("weight", layer.weight), ("bias", layer.bias))
-        if tensor is not None
-    }
+    head = {name: tensor for layer in base.head for name, tensor in layer.tensors.items()}
     model = Model(structure=full(base.layout), adapter={}, head=head, scale=1.0)
     seen: list[Tensor] = []
     with torch.inference_mode():
