@@ -122,8 +122,8 @@ def _check_labels(task: Task) -> None:
 
 
 def prepared_head(fields: HeadStart, state: HeadState, fleet: Fleet) -> Tensors:
-    """The head that a round begins with: `started` before the first one, and `know_classes` in each,
-    of as many rows as a device trains on in a round.
+    """The head that a round begins with, after what `started` and `know_classes` ask of devices, of
+    as many rows as they train on in it.
     """
     rows = fields.steps * fields.batch
     head = started(fields, state.head, fleet, rows=rows) if state.round == 0 else state.head
