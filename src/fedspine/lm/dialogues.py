@@ -130,7 +130,7 @@ def _turn(tokenizer: Any, before: Messages, answer: str, where: str) -> _Turn:
         prompt=_rendered(tokenizer, before, where, asks=True),
         # as the template writes it, which may strip it
         answer=whole[len(head) : len(whole) - len(tail)] if known else answer.strip(),
-        end=_end(tokenizer, tail),
+        end=_end_token(tokenizer, tail),
     )
 
 
@@ -146,7 +146,7 @@ def _rendered(tokenizer: Any, messages: Messages, where: str, *, asks: bool = Fa
         ) from None
 
 
-def _end(tokenizer: Any, tail: str) -> int | None:
+def _end_token(tokenizer: Any, tail: str) -> int | None:
     """The first token of what a template writes after an answer if it is a special one, else the
     tokenizer's end token.
     """

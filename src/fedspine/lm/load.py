@@ -72,7 +72,7 @@ def load(
     readout = readout_of(pooling, source, config, kind)
     if readout is not None:
         config.num_labels = classes
-    base = _base(name, source, config, readout, precision, bits)
+    base = _load_base(name, source, config, readout, precision, bits)
     if reduced is not None:
         vocabulary.keep_rows(base, reduced.kept)
     elif kind == "causal-lm":  # a kept tokenizer of a cut base was settled before it was cut
@@ -111,7 +111,7 @@ def pooling_for(name: str, *, bi_encoder: bool = False) -> Pooling:
     return pooling_of(source, config, bi_encoder=bi_encoder)
 
 
-def _base(
+def _load_base(
     name: str,
     source: str,
     config: Any,

@@ -55,7 +55,7 @@ def required(tokenizer: Any, base: Base) -> set[int]:
     """The ids that a vocabulary has to keep: see `Definition.required`; besides, those that the
     model's configuration names.
     """
-    named = special_ids(tokenizer, base.config, *_generation(base))
+    named = special_ids(tokenizer, base.config, *_generation_configs(base))
     found = Definition.of(tokenizer).required() | named
     if "roberta" in base.config.model_type:
         # it counts positions from its padding id on, which so must not move
@@ -118,14 +118,14 @@ def keep_rows(base: Base, kept: Sequence[int]) -> None:
     """
     base.keep_tokens(torch.tensor(kept))
     places = {id: place for place, id in enumerate(kept)}
-    for settings in (base.config, *_generation(base)):
-        _rename(settings, places)
+    for settings in (base.config, *_generation_configs(base)):
+        _renumber_tokens(settings, places)
 
 
 def whole_config(config: Any, vocabulary: Vocabulary) -> None:
     """Let the configuration of a cut base, as a run keeps it, fit the whole base's weights."""
     config.vocab_size = vocabulary.about.whole
-    _rename(config, dict(enumerate(vocabulary.kept)))
+    _renumber_tokens(config, dict(enumerate(vocabulary.kept)))
 
 
 def read(folder: Path | None) -> Vocabulary | None:
@@ -155,12 +155,12 @@ def write(folder: Path, vocabulary: Vocabulary) -> None:
     (folder / FILE).write_text(json.dumps(asdict(vocabulary)), encoding="utf-8")
 
 
-def _generation(base: Base) -> list[Any]:
+def _generation_configs(base: Base) -> list[Any]:
     """How texts are generated, which names tokens too; of language models only."""
     return [base.skeleton.generation_config] if base.pooling is None else []
 
 
-def _rename(settings: Any, places: dict[int, int]) -> None:
+def _renumber_tokens(settings: Any, places: dict[int, int]) -> None:
     for key, ids in list(token_ids(settings)):
         new = [places[id] for id in ids if id in places]
         many = isinstance(getattr(settings, key), list)

@@ -124,7 +124,7 @@ class FedHello(LocalTraining):
 
     def least_work(self, task: Task) -> LeastWork:
         base = task.base
-        return least_work(self._needed(base.layout, base.embeddings, task.max_tokens)[0])
+        return least_work(self._memory_by_depth(base.layout, base.embeddings, task.max_tokens)[0])
 
     def start(self, task: Task, rng: np.random.Generator) -> FedHelloState:
         layout = task.base.layout
@@ -172,7 +172,7 @@ class FedHello(LocalTraining):
 
     def _orders(self, state: FedHelloState, fleet: Fleet) -> dict[DeviceId, BlocksOrder]:
         layers = state.layout.layers
-        needed = self._needed(state.layout, state.embeddings, state.max_tokens)
+        needed = self._memory_by_depth(state.layout, state.embeddings, state.max_tokens)
         hosted = depths_hosted(fleet, needed)
         adapter, head = half(state.adapter), half(state.head)
         tuning = tuning_at(self, state.round, state.rounds, state.turns)
@@ -202,7 +202,7 @@ class FedHello(LocalTraining):
                 )
         return orders
 
-    def _needed(self, layout: PrunableLayout, embeddings: int, tokens: int) -> list[int]:
+    def _memory_by_depth(self, layout: PrunableLayout, embeddings: int, tokens: int) -> list[int]:
         """Bytes of memory at depths 1, 2, ..."""
         return depth_bytes(
             layout, self.rank, embeddings=embeddings, batch=self.batch, tokens=tokens

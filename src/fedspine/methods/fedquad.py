@@ -113,7 +113,9 @@ class FedQuad(LocalTraining):
     def least_work(self, task: Task) -> LeastWork:
         """One block, with what may be quantised of it."""
         sizes = (task.base.layout, task.base.embeddings, task.max_tokens)
-        return least_work(min(self._bytes(*sizes, 1, blocks) for blocks in self._allowed(1)))
+        return least_work(
+            min(self._training_bytes(*sizes, 1, blocks) for blocks in self._allowed(1))
+        )
 
     def start(self, task: Task, rng: np.random.Generator) -> FedQuadState:
         layout = task.base.layout
@@ -131,7 +133,7 @@ class FedQuad(LocalTraining):
         )
 
     def round(self, state: FedQuadState, fleet: Fleet) -> FedQuadState:
-        hosted = self._hosted(state, fleet)
+        hosted = self._quantised_by_depth(state, fleet)
         plan = self._plan(state, {id: len(counts) for id, counts in hosted.items()})
         orders = {
             id: self._order(state, depth, hosted[id][depth - 1])
@@ -158,7 +160,7 @@ class FedQuad(LocalTraining):
             round=state.round + 1,
             adapter=average_replies(fleet, state.layout, state.adapter, replies),
             **merged(replies, fleet, head=state.head),
-            times=state.times | {r.device: self._timed(state, r) for r in replies},
+            times=state.times | {r.device: self._times_after(state, r) for r in replies},
             depths=state.depths | depths,
         )
 
@@ -173,13 +175,15 @@ class FedQuad(LocalTraining):
 
     # --- depths, and the blocks quantised for them ---
 
-    def _hosted(self, state: FedQuadState, fleet: Fleet) -> dict[DeviceId, tuple[int, ...]]:
+    def _quantised_by_depth(
+        self, state: FedQuadState, fleet: Fleet
+    ) -> dict[DeviceId, tuple[int, ...]]:
         """For each device, the number of blocks to quantise at depth 1, 2, ... up to the depth that
         fits its memory; a device that fits none is noted and left out.
         """
         layers, sizes = state.layout.layers, (state.layout, state.embeddings, state.max_tokens)
         needed = {
-            (depth, quantised): self._bytes(*sizes, depth, quantised)
+            (depth, quantised): self._training_bytes(*sizes, depth, quantised)
             for depth in range(1, layers + 1)
             for quantised in self._allowed(depth)
         }
@@ -208,7 +212,7 @@ class FedQuad(LocalTraining):
             case "as_needed":
                 return range(depth + 1)
 
-    def _bytes(
+    def _training_bytes(
         self, layout: PrunableLayout, embeddings: int, tokens: int, depth: int, quantised: int
     ) -> int:
         return training_memory_bytes(
@@ -236,7 +240,7 @@ class FedQuad(LocalTraining):
         )
         return planner.plan(state.times, state.depths, most)
 
-    def _timed(self, state: FedQuadState, reply: Reply[LoraResult]) -> np.ndarray:
+    def _times_after(self, state: FedQuadState, reply: Reply[LoraResult]) -> np.ndarray:
         return timed(
             state.times.get(reply.device),
             reply.cost,

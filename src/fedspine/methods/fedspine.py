@@ -139,7 +139,7 @@ class FedSpine(LocalTraining):
                 "or task.max_tokens"
             )
         replies = on_todays(usable(came, fleet), head=state.head)
-        return self._merged(state, fleet, plans, replies)
+        return self._state_after(state, fleet, plans, replies)
 
     def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
         """The device's own structure with the common adapter; for None the global model, pruned by
@@ -183,13 +183,13 @@ class FedSpine(LocalTraining):
         """
         turns = {}
         for number, profile in enumerate(fleet.devices):
-            if ranks := self._affordable(state, profile):
+            if ranks := self._affordable_ranks(state, profile):
                 turns[profile.id] = self._turn(state, profile.id, ranks, number)
             else:
                 fleet.note(device=profile.id, left_out="no rank fits its memory")
         return self.controller.plan(turns, state.device_models, self._foresee(state, fleet))
 
-    def _affordable(self, state: SpineState, profile: Profile) -> int:
+    def _affordable_ranks(self, state: SpineState, profile: Profile) -> int:
         """How many of the ranks fit the device's memory while it trains."""
         return ranks_that_fit(
             state.layout,
@@ -285,7 +285,7 @@ class FedSpine(LocalTraining):
 
     # --- what came of them ---
 
-    def _merged(
+    def _state_after(
         self,
         state: SpineState,
         fleet: Fleet,
@@ -309,7 +309,7 @@ class FedSpine(LocalTraining):
             server=fleet.server,
         )
         results = {
-            reply.device: self._result(
+            reply.device: self._plan_result(
                 state,
                 _late_plan(reply.order) if reply.late else plans[reply.device],
                 reply,
@@ -319,7 +319,7 @@ class FedSpine(LocalTraining):
         }
         earned, gain_scale = rewards(results, state.gain_scale)
         for reply in replies:
-            _note(state.layout, fleet, reply, results[reply.device], earned.get(reply.device))
+            _note_reply(state.layout, fleet, reply, results[reply.device], earned.get(reply.device))
         return replace(
             state,
             round=state.round + 1,
@@ -338,7 +338,7 @@ class FedSpine(LocalTraining):
             gain_scale=gain_scale,
         )
 
-    def _result(
+    def _plan_result(
         self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution
     ) -> PlanResult:
         """The result of a plan; the size of a change is measured as in section 3.3."""
@@ -369,7 +369,7 @@ def _late_plan(order: SpineOrder) -> Plan:
     return Plan(order.sparsity, adapter_rank(order.adapter), action=None, progress=0.0)
 
 
-def _note(
+def _note_reply(
     layout: PrunableLayout,
     fleet: Fleet,
     reply: Reply[SpineResult],

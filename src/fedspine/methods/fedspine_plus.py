@@ -122,14 +122,14 @@ class FedSpinePlus(FedSpine):
 
     # --- depth, of which pruning knows nothing ---
 
-    def _merged(
+    def _state_after(
         self,
         state: SpineState,
         fleet: Fleet,
         plans: dict[DeviceId, Plan],
         replies: Sequence[Reply[SpineResult]],
     ) -> SpineState:
-        after = super()._merged(state, fleet, plans, replies)
+        after = super()._state_after(state, fleet, plans, replies)
         if not isinstance(after, DepthSpineState):
             return after
         times, depths, layers = dict(after.times), dict(after.depths), after.layout.layers

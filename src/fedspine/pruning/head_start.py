@@ -140,7 +140,7 @@ def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Ten
     orders = {profile.id: MeansOrder(rows=rows) for profile in fleet.devices}
     replies = fleet.ask(class_means, orders)
     if fields.head_weights == "labels":
-        _know(fleet, replies)
+        _remember_class_shares(fleet, replies)
     if len(replies) < fleet.aggregation.fewest(len(replies)):
         return head
     shares = bounded(
@@ -151,7 +151,7 @@ def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Ten
     )
     return head_of(
         head,
-        [_shortened(reply, share) for reply, share in zip(replies, shares, strict=True)],
+        [_shortened_reply(reply, share) for reply, share in zip(replies, shares, strict=True)],
         fleet.aggregation,
     )
 
@@ -167,10 +167,12 @@ def know_classes(fields: HeadStart, fleet: Fleet, *, rows: int) -> None:
         return
     new = [each.id for each in fleet.devices if each.id not in fleet.server.row_shares]
     if new:
-        _know(fleet, fleet.ask(class_means, dict.fromkeys(new, MeansOrder(rows=rows))))
+        _remember_class_shares(
+            fleet, fleet.ask(class_means, dict.fromkeys(new, MeansOrder(rows=rows)))
+        )
 
 
-def _know(fleet: Fleet, replies: Sequence[Reply[ClassMeans]]) -> None:
+def _remember_class_shares(fleet: Fleet, replies: Sequence[Reply[ClassMeans]]) -> None:
     (layer,) = fleet.base.head
     found = {}
     for reply in replies:
@@ -180,7 +182,7 @@ def _know(fleet: Fleet, replies: Sequence[Reply[ClassMeans]]) -> None:
     fleet.server.row_shares = fleet.server.row_shares | found
 
 
-def _shortened(reply: Reply[ClassMeans], share: float) -> Reply[ClassMeans]:
+def _shortened_reply(reply: Reply[ClassMeans], share: float) -> Reply[ClassMeans]:
     if share == 1:
         return reply
     means = {name: share * mean for name, mean in single(reply.value.means).items()}
@@ -194,16 +196,16 @@ def _reads_the_mean(head: Tensors) -> bool:
     return len(head) == 2
 
 
-def _charged(device: Device, order: MeansOrder) -> ClassMeans:
+def _priced_means(device: Device, order: MeansOrder) -> ClassMeans:
     """What class means cost, and means of no row."""
     data = device.data.take(np.arange(min(order.rows, len(device.data))))
-    _charge(device, [(rows, data.width(rows)) for rows in data.batches_by_length(BATCH)])
+    _charge_pass(device, [(rows, data.width(rows)) for rows in data.batches_by_length(BATCH)])
     classes, width = device.base.head[0].weight.shape
     means = {"means": torch.zeros(classes, width)}
     return ClassMeans(means=half(means), counts=torch.zeros(classes, dtype=torch.int64))
 
 
-def _charge(device: Device, batches: Sequence[tuple[np.ndarray, int]]) -> None:
+def _charge_pass(device: Device, batches: Sequence[tuple[np.ndarray, int]]) -> None:
     """One forward pass over these batches of rows, each padded to a width."""
     extent = Extent(
         tokens=sum(len(rows) * width for rows, width in batches),
@@ -216,7 +218,7 @@ def _charge(device: Device, batches: Sequence[tuple[np.ndarray, int]]) -> None:
     )
 
 
-@priced_by(_charged)
+@priced_by(_priced_means)
 @on_device
 def class_means(device: Device, order: MeansOrder) -> ClassMeans:
     base, chosen = device.base, device.rng.permutation(len(device.data))[: order.rows]
@@ -233,7 +235,7 @@ def class_means(device: Device, order: MeansOrder) -> ClassMeans:
         sums.index_add_(0, labels, found)
         squares += float(found.square().sum())
         counts += torch.bincount(labels, minlength=classes)
-    _charge(device, batches)
+    _charge_pass(device, batches)
     reported, rows = device.counts_beside(counts), len(chosen)
     spread = max(0.0, squares / rows - float((sums.sum(0) / rows).square().sum())) / width
     each = counts.clamp_min(1)[:, None]

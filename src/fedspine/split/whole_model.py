@@ -126,7 +126,7 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
         found = split_model.server_forward(under.weights, features, batch["labels"], seed=drawn[1])
         labelled = found.counted > 0
         mean = (found.total[labelled] / found.counted[labelled]).detach()
-        losses.append(_shown(device, mean.cpu().double().numpy()))
+        losses.append(_bounded_losses(device, mean.cpu().double().numpy()))
         if len(losses[-1]):
             counted.append(device.data.texts_of(rows[labelled.cpu().numpy()]))
         sizes.append(len(rows))
@@ -143,11 +143,11 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
         weights=device.released(sent, trained),
         losses=tuple(each for each in losses if len(each)),
         texts=tuple(counted),
-        ended=_ended(device, [float(each.mean()) for each in losses if len(each)], counted),
+        ended=_final_loss(device, [float(each.mean()) for each in losses if len(each)], counted),
     )
 
 
-def _ended(device: Device, losses: Sequence[float], counted: Sequence[np.ndarray]) -> float:
+def _final_loss(device: Device, losses: Sequence[float], counted: Sequence[np.ndarray]) -> float:
     if not losses:
         return 0.0
     last = last_steps(counted, LAST, device.fewest_rows)
@@ -156,7 +156,7 @@ def _ended(device: Device, losses: Sequence[float], counted: Sequence[np.ndarray
     return device.mean_beside(float(np.mean(losses[-last:])), one_row)
 
 
-def _shown(device: Device, losses: np.ndarray) -> np.ndarray:
+def _bounded_losses(device: Device, losses: np.ndarray) -> np.ndarray:
     """Rows' losses as they count in what leaves."""
     if device.noise is None:
         return losses
