@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.core.process import peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def write(
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many types, with messages of several lines
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"PyTorch {torch.__version__} cannot export this model to ONNX ({reason}); use "
             "--format hf"
@@ -137,7 +137,7 @@ class Graph:
                 str(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # the runtime raises many types
-            reason = " ".join(str(error).split())[:160]
+            reason = reason_of(error)
             raise BadInput(f"{path} cannot be read ({reason}); export the model again") from None
         self._inputs = {one.name: one for one in self._session.get_inputs()}
         self.inputs = tuple(self._inputs)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.core.task import Examples
 from fedspine.data.dataset import ANSWERS, Dialogue
 
@@ -139,7 +139,7 @@ def _rendered(tokenizer: Any, messages: Messages, where: str, *, asks: bool = Fa
     try:
         return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=asks)
     except Exception as error:  # templates are programs, and raise what they like
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"the model's chat template fails on {where} ({type(error).__name__}: {reason}); "
             "correct the row or the template"

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fedspine.core.errors import BadInput, nearest
+from fedspine.core.errors import BadInput, nearest, reason_of
 from fedspine.core.task import BUILT_IN_MODELS, Pooling, TaskKind
 from fedspine.lm import attention, gguf_files, vocabulary
 from fedspine.lm.base import Base, HeadLayer
@@ -241,7 +241,7 @@ def read(name: str, reader: Any, source: Any, **options: Any) -> Any:
         known = f"built in: {', '.join(BUILT_IN_MODELS)}" + (
             f" (did you mean {near!r}?)" if near and near != name else ""
         )
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         advice = f"{known}, or a local folder, or a Hub id"
         if not isinstance(source, str) or Path(source).is_dir():
             advice = "check its files, or copy the model again"

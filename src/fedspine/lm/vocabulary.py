@@ -15,7 +15,7 @@ import pydantic
 import torch
 from jaxtyping import Int
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.core.fleet import EarlyExchange
 from fedspine.lm.base import Base
 from fedspine.lm.cut_tokenizer import Definition, cut_tokenizer, special_ids, token_ids
@@ -139,7 +139,7 @@ def read(folder: Path | None) -> Vocabulary | None:
         payload = path.read_bytes()
         return pydantic.TypeAdapter(Vocabulary).validate_json(payload, strict=True)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"{path} is damaged ({reason}); restore it from a copy, or start a new run"
         ) from None
