@@ -210,12 +210,7 @@ out.
 |---|---|
 | task | {card.kind}: {", ".join(card.labels)} |
 {rows_of(card.provenance)}| numbers | {"fp32" if quantize == "none" else quantize} |
-| share of the blocks' weights pruned | {card.sparsity:.1%} |
-| heads kept, by layer | {", ".join(map(str, card.heads))} |
-| channels kept, by layer | {", ".join(map(str, card.channels))} |
-| vocabulary | {card.vocabulary_line} |
-| longest input, in tokens | {card.max_tokens} |
-
+{card.rows}
 {measured}`{TOKENIZER}` cuts and fills rows by itself. With `onnxruntime` and `tokenizers` alone:
 
 ```python
