@@ -19,7 +19,7 @@ from fedspine.lm.structure import cut_adapter
 from fedspine.lm.tune import Request, train, tune
 from fedspine.lm.tuning import Tuning
 from fedspine.methods.loraprune import LoraPrune
-from fedspine.pruning.device import _taught
+from fedspine.pruning.device import _teacher_for
 
 TUNING = Tuning(steps=6, batch=8, learning_rate=5e-3)
 TEACHING = Teaching(temperature=2.0, weight=0.5, hidden=0.0, own=False)
@@ -166,11 +166,11 @@ def test_who_teaches_a_language_model(language, tmp_path, teacher):
     assert all(not bool(structure.channels.all()) for structure in state.structures.values())
     order = sent[-1].orders[-1][1]
     assert order.teaching.own and order.sparsity > 0
-    held = _taught(device_on(language, {"teacher": teacher}), order)
+    held = _teacher_for(device_on(language, {"teacher": teacher}), order)
     assert held is not None and held.teacher is teacher
-    none = _taught(device_on(language), order)
+    none = _teacher_for(device_on(language), order)
     assert none is not None and none.teacher.adapter == {}
     assert bool(none.teacher.structure.channels.all())
     current = dataclasses.replace(order, teaching=dataclasses.replace(order.teaching, own=False))
-    came = _taught(device_on(language, {"teacher": teacher}), current)
+    came = _teacher_for(device_on(language, {"teacher": teacher}), current)
     assert came is not None and bits(half(came.teacher.adapter)) == bits(order.adapter)

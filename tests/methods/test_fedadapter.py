@@ -199,7 +199,7 @@ def test_a_device_without_memory_for_a_deeper_branch_goes_to_another(bench, deep
     state = TOY.start(deep, np.random.default_rng([0, 1]))
     sizes = (state.layout, state.embeddings, state.max_tokens)
     needed = {
-        name: TOY._bytes(*sizes, branch.depth, branch.width)
+        name: TOY._training_bytes(*sizes, branch.depth, branch.width)
         for name, branch in state.branches.items()
     }
     assert needed["present"] < needed["wider"] < needed["deeper"]
@@ -234,8 +234,8 @@ def test_what_was_trained_for_an_earlier_trial_is_left_out(bench):
     from fedspine.core.fleet import Cost, Reply
 
     reply = Reply(id, dict(spies[0].results)[id], Cost(1, 1, 1.0, 1, 1.0), order, late=1)
-    assert list(TOY._of_trial(state, bench.fleet, [reply])) == [order.branch]
-    assert TOY._of_trial(replace(state, trial=1), bench.fleet, [reply]) == {}
+    assert list(TOY._replies_by_branch(state, bench.fleet, [reply])) == [order.branch]
+    assert TOY._replies_by_branch(replace(state, trial=1), bench.fleet, [reply]) == {}
     assert bench.rows("note")[-1]["values"] == {"device": id, "left_out": "its trial is over"}
 
 

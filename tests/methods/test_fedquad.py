@@ -84,7 +84,7 @@ def test_quantising_buys_depth(bench, deep):
     """Memory for two blocks, or for three of which one or more are quantised."""
     state = TOY.start(deep, np.random.default_rng([0, 1]))
     sizes = (state.layout, state.embeddings, state.max_tokens)
-    needed = {(k, q): TOY._bytes(*sizes, k, q) for k in range(1, 4) for q in range(k + 1)}
+    needed = {(k, q): TOY._training_bytes(*sizes, k, q) for k in range(1, 4) for q in range(k + 1)}
     assert needed[2, 0] < needed[3, 1] < needed[3, 0]
     assert needed[3, 3] <= needed[3, 2] < needed[3, 1]
 
@@ -104,9 +104,9 @@ def test_quantising_buys_depth(bench, deep):
         (needed[3, 2], (0, 0 if needed[2, 0] <= needed[3, 2] else 1, 2)),
         (needed[1, 0], (0,) if needed[2, 2] > needed[1, 0] else None),
     ):
-        hosted = TOY._hosted(state, limited(room)(lab.fleet))
+        hosted = TOY._quantised_by_depth(state, limited(room)(lab.fleet))
         assert set(hosted.values()) == {expected}
-        never = replace(TOY, quantise="never")._hosted(state, limited(room)(lab.fleet))
+        never = replace(TOY, quantise="never")._quantised_by_depth(state, limited(room)(lab.fleet))
         assert {len(each) for each in never.values()} == {
             sum(needed[k, 0] <= room for k in (1, 2, 3))
         }

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+REASON = 200  # characters of what another library says, in a message
+
 
 class BadInput(ValueError):
     """Input that the program cannot use. Its text is one line, which the command line prints before
@@ -24,6 +26,26 @@ def of_machine(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "DefaultCPUAllocator" in str(error)
     )
+
+
+def one_line(said: object, most: int | None = None) -> str:
+    """A text without line breaks, of at most so many characters.
+
+    >>> one_line("no such\\n  file"), one_line("no such\\n  file", most=10)
+    ('no such file', 'no such...')
+    """
+    text = " ".join(str(said).split())
+    return text if most is None or len(text) <= most else text[: most - 3] + "..."
+
+
+def reason_of(error: object) -> str:
+    """What an error of another library says, in one line of at most `REASON` characters; the name
+    of its kind where it says nothing.
+
+    >>> reason_of(ValueError("no such\\n  file")), reason_of(KeyboardInterrupt())
+    ('no such file', 'KeyboardInterrupt')
+    """
+    return one_line(error, REASON) or type(error).__name__
 
 
 class Stopped(RuntimeError):

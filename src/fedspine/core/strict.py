@@ -10,7 +10,7 @@ from typing import Any
 
 import pydantic
 
-from fedspine.core.errors import BadInput, unknown
+from fedspine.core.errors import BadInput, one_line, unknown
 
 HINTS = {  # by pydantic's type of error
     "tuple_type": ", a list in brackets such as [4, 8]",
@@ -35,7 +35,7 @@ def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise BadInput(f"{what} {path} does not exist; {instead}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"{what} {path} cannot be read: {' '.join(str(error).split())}") from None
+        raise BadInput(f"{what} {path} cannot be read: {one_line(error)}") from None
 
 
 def section(name: str, cls: type[Section], table: dict[str, Any]) -> Any:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedspine.core.errors import BadInput, listed
+from fedspine.core.errors import BadInput, listed, reason_of
 from fedspine.data import arrays
-from fedspine.data.files import one_line
 
 UNKNOWN = -1  # the label of a row that has none
 
@@ -73,7 +72,7 @@ def _of_array(path: Path, wanted: RowShape) -> GivenRows:
             x = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise BadInput(
-            f"cannot read {str(path)!r} as an array: {one_line(error)}; save it again with "
+            f"cannot read {str(path)!r} as an array: {reason_of(error)}; save it again with "
             "np.save(path, rows)"
         ) from None
     if not isinstance(x, np.ndarray):

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 
-from fedspine.core.errors import BadInput, listed
+from fedspine.core.errors import REASON, BadInput, listed, one_line, reason_of
 from fedspine.core.task import BUILT_IN_DATA
 from fedspine.data import class_folders
 from fedspine.data.classes import look_alike, refuse_too_many
 from fedspine.data.columns import NO_LABEL
 from fedspine.data.dataset import ArrayRows, Dataset, held_out
-from fedspine.data.files import has_training_file, one_line, split_of
+from fedspine.data.files import has_training_file, split_of
 from fedspine.data.parts import composed, trimmed
 
 HOW = "np.savez(path, x=..., y=...)"
@@ -199,7 +199,7 @@ def _read(path: Path, group: str | None, labelled: bool) -> Raw:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(
-            f"cannot read {str(path)!r} as arrays: {one_line(error)}; save it again with {HOW}, "
+            f"cannot read {str(path)!r} as arrays: {reason_of(error)}; save it again with {HOW}, "
             "without object arrays"
         ) from error
 
@@ -209,7 +209,7 @@ def _names(where: str, names: np.ndarray) -> tuple[str, ...]:
     if names.ndim != 1 or (names.dtype.kind != "U" and found) or len(set(found)) < len(found):
         raise BadInput(
             f"expected label_names of {where} to be a list of distinct strings, got "
-            f"{one_line(names)}"
+            f"{one_line(names, REASON)}"
         )
     return found
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fedspine.core.errors import BadInput
-from fedspine.data.files import SPLITS, one_line
+from fedspine.core.errors import BadInput, reason_of
+from fedspine.data.files import SPLITS
 
 WIDTHS = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}  # bytes of an audio sample
 
@@ -129,7 +129,7 @@ def _image(path: Path) -> np.ndarray:
             values = np.asarray(image.convert("L" if grey else "RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(
-            f"cannot read {str(path)!r} as an image: {one_line(error)}; repair or remove it"
+            f"cannot read {str(path)!r} as an image: {reason_of(error)}; repair or remove it"
         ) from error
     return values[None] if grey else values.transpose(2, 0, 1)
 
@@ -139,7 +139,7 @@ def _array(path: Path) -> np.ndarray:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise BadInput(
-            f"cannot read {str(path)!r} as an array: {one_line(error)}; repair or remove it"
+            f"cannot read {str(path)!r} as an array: {reason_of(error)}; repair or remove it"
         ) from error
     return found
 
@@ -152,7 +152,7 @@ def _audio(path: Path) -> np.ndarray:
             frames = file.readframes(file.getnframes())
     except (OSError, EOFError, wave.Error) as error:
         raise BadInput(
-            f"cannot read {str(path)!r} as audio: {one_line(error)}; repair or remove it"
+            f"cannot read {str(path)!r} as audio: {reason_of(error)}; repair or remove it"
         ) from error
     if width not in WIDTHS:
         raise BadInput(

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedspine.core.errors import BadInput, listed, nearest
+from fedspine.core.errors import BadInput, listed, nearest, reason_of
 from fedspine.data import arrow, json_rows, separated
 from fedspine.data.decode import COMPRESSED, text_of
 from fedspine.data.parts import Empty, FilePart, Pick, Read, Unreadable, counted, joined
@@ -89,12 +89,6 @@ def format_of(path: Path) -> str:
     ('.csv', '.parquet')
     """
     return Path(_without_compression(path)).suffix.lower()
-
-
-def one_line(error: Exception) -> str:
-    """The message of another library's error, in one line and at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _without_compression(path: Path) -> str:
@@ -349,7 +343,7 @@ def _readable(path: Path, read: Callable[..., Any], *arguments: Any, is_shard: b
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         # pyarrow's errors derive from these
         raise BadInput(
-            f"cannot read {str(path)!r} as {_format_name(path)}: {one_line(error)}; "
+            f"cannot read {str(path)!r} as {_format_name(path)}: {reason_of(error)}; "
             "repair the file or save it again"
         ) from error
 

@@ -4,9 +4,9 @@
 
 from typing import Any
 
-from fedspine.core.errors import BadInput, listed
+from fedspine.core.errors import BadInput, listed, reason_of
 from fedspine.data import arrow
-from fedspine.data.files import one_line, split_of
+from fedspine.data.files import split_of
 from fedspine.data.parts import FilePart, Pick, Read
 
 
@@ -32,7 +32,7 @@ def source(name: str) -> dict[str, Read]:
         loaded = datasets.load_dataset(identifier, configuration or None)
     except Exception as error:  # whatever the loader's network, file and builder libraries raise
         raise BadInput(
-            f"the Hugging Face Hub does not provide {name!r}: {one_line(error)}; "
+            f"the Hugging Face Hub does not provide {name!r}: {reason_of(error)}; "
             "check the name and the network, and name a configuration after a colon, as in "
             "'nyu-mll/glue:sst2'"
         ) from error

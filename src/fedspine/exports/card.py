@@ -59,6 +59,21 @@ class Card:
         """How many tokens the model has of those it began with."""
         return "all tokens" if self.vocabulary is None else self.vocabulary.line
 
+    @property
+    def rows(self) -> str:
+        """The lines of a README's table that say what is kept, and how long inputs may be."""
+        language = self.kind == "causal-lm"
+        heads = "key/value heads" if language else "heads"
+        longest = "longest input in training" if language else "longest input"
+        return f"""\
+| share of the blocks' weights pruned | {self.sparsity:.1%} |
+| {heads} kept, by layer | {", ".join(map(str, self.heads))} |
+| channels kept, by layer | {", ".join(map(str, self.channels))} |
+| structure | {self.structure_line} |
+| vocabulary | {self.vocabulary_line} |
+| {longest}, in tokens | {self.max_tokens} |
+"""
+
 
 OPTIONAL = ("chat", "structure", "provenance", "vocabulary")
 

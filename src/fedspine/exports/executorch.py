@@ -16,7 +16,6 @@ from fedspine.exports.graph_folder import (
     FromTokens,
     classifier_signature,
     copy_as_graph,
-    facts_table,
     opened,
     set_up_tokenizer,
 )
@@ -117,7 +116,8 @@ ids in, class logits out, up to {executorch_program.MOST_ROWS} rows at a time.
 | | |
 |---|---|
 | task | {card.kind}: {", ".join(card.labels)} |
-{rows_of(card.provenance)}{facts_table(card, "fp32")}
+{rows_of(card.provenance)}| numbers | fp32 |
+{card.rows}
 {measured}`{TOKENIZER}` cuts and fills rows by itself. With `executorch` and `tokenizers` alone:
 
 ```python

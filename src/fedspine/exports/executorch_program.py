@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.core.process import peak_memory_bytes
 from fedspine.exports.signature import IDS, MASK, SEGMENTS, Signature
 
@@ -42,7 +42,7 @@ def write(module: nn.Module, path: Path, signature: Signature, *, tokens: int) -
         with _quiet():
             path.write_bytes(_lowered(module, signature, tokens))
     except Exception as error:  # the exporter raises many types, with messages of several lines
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"ExecuTorch cannot export this model ({reason}); use --format hf or --format onnx"
         ) from error
@@ -103,7 +103,7 @@ class Program:
                 self._load()
                 (self.most_tokens,) = self._program.load_method(MOST_TOKENS).execute([])
         except Exception as error:  # the runtime raises RuntimeError and others
-            reason = " ".join(str(error).split())[:160]
+            reason = reason_of(error)
             raise BadInput(f"{path} cannot be read ({reason}); export the model again") from None
         self.inputs = (IDS, MASK, SEGMENTS)[: self._forward.metadata.num_inputs()]
 

@@ -153,9 +153,9 @@ class TextRun:
     def export(self, name: str, format: str, quantize: str | None, to: Path) -> None:
         compared = format in QUANTISATIONS
         rows = self.given if compared else None
-        options = {"quantize": quantize, "rows": rows, "parity": compared}
-        of_run.check_options(format, with_base=False, **options)
-        of_run.export_opened(self.run, device=name, format=format, to=to, **options)
+        options = of_run.ExportOptions(quantize=quantize, rows=rows, parity=compared)
+        of_run.check_options(format, options)
+        of_run.export_opened(self.run, options, device=name, format=format, to=to)
 
     def quality(self, loaded: Any) -> float:
         _, accuracy, loss = answers(loaded, self.examples)

@@ -196,13 +196,7 @@ Fine-tuned over many devices and pruned by fedspine, as a file for llama.cpp.
 | task | {card.kind} |
 {rows_of(card.provenance)}| numbers | {STORED[parity.quantize]} |
 | architecture that the file names | {parity.architecture} |
-| share of the blocks' weights pruned | {card.sparsity:.1%} |
-| key/value heads kept, by layer | {", ".join(map(str, card.heads))} |
-| channels kept, by layer | {", ".join(map(str, card.channels))} |
-| structure | {card.structure_line} |
-| vocabulary | {card.vocabulary_line} |
-| longest input in training, in tokens | {card.max_tokens} |
-
+{card.rows}
 {measured}The comparison read the file's numbers back into PyTorch.
 {unfit}
 ```

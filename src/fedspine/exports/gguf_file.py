@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedspine.core.errors import BadInput, listed
+from fedspine.core.errors import BadInput, listed, reason_of
 from fedspine.core.message import Tensors
 from fedspine.exports.gguf_tokenizer import GgufVocabulary
 from fedspine.lm.gguf_files import EXTRA
@@ -182,7 +182,7 @@ def read_header(path: Path, known: tuple[str, ...]) -> GgufHeader:
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
     except Exception as error:  # the package checks little of what it reads
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"{path} cannot be read as GGUF ({type(error).__name__}: {reason}); copy the file "
             "again, or use another one"

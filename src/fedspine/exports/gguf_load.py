@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.exports import gguf_file, llama_cpp
 from fedspine.exports.card import CONFIG, TOKENIZER, Card, read_card
 from fedspine.exports.gguf_file import GgufHeader
@@ -129,7 +129,7 @@ def _tokenizer(header: GgufHeader, card: Card | None) -> Any:
             gguf_file.write_tokenizer(header.path, Path(scratch) / "tokenizer.gguf")
             return AutoTokenizer.from_pretrained(scratch, gguf_file="tokenizer.gguf")
     except Exception as error:  # transformers raises many kinds
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"the tokenizer of {header.path} cannot be read ({reason}); give the folder that "
             "`fedspine export` wrote"

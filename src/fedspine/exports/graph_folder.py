@@ -75,16 +75,3 @@ def set_up_tokenizer(path: Path, loaded: Loaded) -> None:
         pad_id=loaded.tokenizer.pad_token_id, pad_token=loaded.tokenizer.pad_token
     )
     tokenizer.save(str(path))
-
-
-def facts_table(card: Card, numbers: str) -> str:
-    """The rows of the model card's table that all graphs of classifiers have."""
-    rows = {
-        "numbers": numbers,
-        "share of the blocks' weights pruned": f"{card.sparsity:.1%}",
-        "heads kept, by layer": ", ".join(map(str, card.heads)),
-        "channels kept, by layer": ", ".join(map(str, card.channels)),
-        "vocabulary": card.vocabulary_line,
-        "longest input, in tokens": str(card.max_tokens),
-    }
-    return "".join(f"| {name} | {value} |\n" for name, value in rows.items())

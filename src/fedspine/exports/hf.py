@@ -265,12 +265,6 @@ Fine-tuned over many devices and pruned by fedspine; the adapter is {adapter}.
 |---|---|
 | task | {card.kind}{": " + ", ".join(card.labels) if card.labels else ""} |
 {rows_of(card.provenance)}| parameters | {parameters:,} |
-| share of the blocks' weights pruned | {card.sparsity:.1%} |
-| heads kept, by layer | {", ".join(map(str, card.heads))} |
-| channels kept, by layer | {", ".join(map(str, card.channels))} |
-| structure | {card.structure_line} |
-| vocabulary | {card.vocabulary_line} |
-| longest input, in tokens | {card.max_tokens} |
-
+{card.rows}
 {measured}Load it with `fedspine.load_model(folder)` or run `fedspine predict`. {stock}
 """

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.exports.card import ADAPTER
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -35,7 +35,7 @@ def client_for(repo: str, make: Any = HfApi) -> Client:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"--push-to-hub {repo!r} is not a repository name ({reason}); write NAME or USER/NAME"
         ) from None
@@ -43,7 +43,7 @@ def client_for(repo: str, make: Any = HfApi) -> Client:
     try:
         client.whoami()
     except Exception as error:  # no token, a wrong one, no network
-        raise BadInput(f"nobody is logged in to the Hub ({_reason(error)}); {LOGIN}") from None
+        raise BadInput(f"nobody is logged in to the Hub ({reason_of(error)}); {LOGIN}") from None
     return client
 
 
@@ -63,7 +63,7 @@ def push(folder: Path, repo: str, client: Client, *, private: bool = False) -> s
         )
     except Exception as error:  # the client raises many types
         raise BadInput(
-            f"{folder} is written, but pushing it to {repo} failed ({_reason(error)}); push it "
+            f"{folder} is written, but pushing it to {repo} failed ({reason_of(error)}); push it "
             f"with: hf upload {repo} {folder}"
         ) from None
     return whole
@@ -79,7 +79,3 @@ def _check_adapter(folder: Path) -> None:
             f"{folder} is written but not pushed: its adapter fits {base}, a path on this machine; "
             "push --format hf, or an adapter for a base on the Hub"
         )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

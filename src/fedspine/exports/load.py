@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.exports.card import (
     BASE,
     CONFIG,
@@ -137,7 +137,7 @@ def _read(folder: Path, auto: Any) -> Any:
         return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many types
         what = "configuration" if auto is AutoConfig else "tokenizer"
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"the {what} of {folder} cannot be read ({reason}); export the model again"
         ) from None

@@ -58,6 +58,17 @@ class RunModel:
         return chosen(self.recipe.method, self.state, device)
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export is asked beside its device and format; see `export_model`."""
+
+    with_base: bool = False
+    base: str | None = None
+    quantize: str | None = None
+    rows: str | None = None
+    parity: bool = True
+
+
 def open_run(folder: Path, base: str | None = None) -> RunModel:
     """Load a run from its directory, with its base from the recorded path or from `base`.
 
@@ -110,7 +121,8 @@ def export_model(
     exists where `to` should be, an adapter that fits no model that stock tools could load, a model
     that has no such format, and an export outside its tolerance.
     """
-    check_options(format, with_base=with_base, quantize=quantize, rows=rows, parity=parity)
+    options = ExportOptions(with_base, base, quantize, rows, parity)
+    check_options(format, options)
     if to.exists():
         raise BadInput(f"{to} exists already; name a new folder with --to")
     check_device(device, device_ids_of(folder))
@@ -122,28 +134,17 @@ def export_model(
         net = net_of_run.open_net_run(folder, rows)
         return net_of_run.export_net(net, device, to, quantize=quantize or "none")
     _other_runtime(format, recipe.task.kind)  # before the base is read
-    options = {"with_base": with_base, "base": base, "quantize": quantize, "rows": rows}
-    opened = open_run(folder, base)
-    return export_opened(opened, device=device, format=format, to=to, parity=parity, **options)
+    return export_opened(open_run(folder, base), options, device=device, format=format, to=to)
 
 
 def export_opened(
-    run: RunModel,
-    *,
-    device: str,
-    format: str,
-    to: Path,
-    with_base: bool = False,
-    base: str | None = None,
-    quantize: str | None = None,
-    rows: str | None = None,
-    parity: bool = True,
+    run: RunModel, options: ExportOptions, *, device: str, format: str, to: Path
 ) -> dict[str, Any]:
     """`export_model` of a run that is open already, with options that were checked."""
     other = _other_runtime(format, run.record.kind)
-    model = run.model(device)
+    model, rows = run.model(device), options.rows
     check = None
-    if parity and other is None:
+    if options.parity and other is None:
         check = RunParityCheck(run.recipe, run.record, run.base, run.tokenizer, model, rows)
     more: dict[str, Any] = {}
     if format == "peft":
@@ -151,12 +152,12 @@ def export_opened(
 
         of_fewer = run.record.layers is not None, run.vocabulary is not None
         bits = run.recipe.run.frozen_bits
-        origin = Origin(base or run.record.model, *of_fewer, bits)
-        described = {"origin": origin, "with_base": with_base, **_card_of(run, device)}
+        origin = Origin(options.base or run.record.model, *of_fewer, bits)
+        described = {"origin": origin, "with_base": options.with_base, **_card_of(run, device)}
         export_adapter(run.base, model, run.tokenizer, to, **described, parity_check=check)
     elif other is not None:
         check_kind(format, run)
-        quantize = quantize or QUANTISATIONS[format][0]
+        quantize = options.quantize or QUANTISATIONS[format][0]
         found = _exported_elsewhere(other, run, model, device, to, quantize=quantize, rows=rows)
         more = {"quantize": quantize, "parity": asdict(found) | {"line": found.line}}
     else:
@@ -251,27 +252,25 @@ def check_net_format(recipe: Recipe, format: str) -> None:
         )
 
 
-def check_options(
-    format: str, *, with_base: bool, quantize: str | None, rows: str | None, parity: bool
-) -> None:
+def check_options(format: str, options: ExportOptions) -> None:
     """Raise BadInput for options that a format does not have."""
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
-    if with_base and format != "peft":
+    if options.with_base and format != "peft":
         raise BadInput(
             f"--with-base is for --format peft; a model of --format {format} includes its base "
             "already, so leave it out"
         )
-    known = QUANTISATIONS.get(format)
+    known, quantize = QUANTISATIONS.get(format), options.quantize
     if known in (None, ("none",)) and quantize not in (None, "none"):
         able = " and ".join(name for name, ways in QUANTISATIONS.items() if len(ways) > 1)
         raise BadInput(f"--quantize is for --format {able}, not {format}; leave one of them out")
-    if not parity and known is not None:
+    if not options.parity and known is not None:
         raise BadInput(
             f"--no-parity is for --format hf and peft; a {format} export is always compared, so "
             "leave it out"
         )
-    if not parity and rows is not None:
+    if not options.parity and options.rows is not None:
         raise BadInput("--rows are compared on, which --no-parity leaves out; give one of them")
     if known and quantize is not None and quantize not in known:
         raise _unknown_quantisation(format, quantize, known)

@@ -20,7 +20,6 @@ from fedspine.exports.graph_folder import (
     FromTokens,
     classifier_signature,
     copy_as_graph,
-    facts_table,
     opened,
     set_up_tokenizer,
 )
@@ -170,7 +169,8 @@ out.
 | | |
 |---|---|
 | task | {card.kind}: {", ".join(card.labels)} |
-{rows_of(card.provenance)}{facts_table(card, "fp32" if quantize == "none" else quantize)}
+{rows_of(card.provenance)}| numbers | {"fp32" if quantize == "none" else quantize} |
+{card.rows}
 {measured}`{TOKENIZER}` cuts and fills rows by itself. With `onnxruntime` and `tokenizers` alone:
 
 ```python

@@ -158,12 +158,7 @@ Fine-tuned over many devices and pruned by fedspine, as one ONNX graph with a ke
 |---|---|
 | task | {card.kind} |
 {rows_of(card.provenance)}| numbers | {"fp32" if quantize == "none" else quantize} |
-| share of the blocks' weights pruned | {card.sparsity:.1%} |
-| key/value heads kept, by layer | {", ".join(map(str, card.heads))} |
-| channels kept, by layer | {", ".join(map(str, card.channels))} |
-| vocabulary | {card.vocabulary_line} |
-| longest input in training, in tokens | {card.max_tokens} |
-
+{card.rows}
 {measured}`{IDS}` [rows, tokens] are new tokens, `{MASK}` [rows, past and new tokens] is 1 where a
 token counts, and `{PAST}.N.key` and `.value` [rows, heads, past tokens, width] are what
 `{PRESENT}.N.key` and `.value` were in the step before; at first they have no token. `{GENERATION}`

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.core.process import peak_memory_bytes
 from fedspine.exports.signature import IDS, LOGITS, MASK, SEGMENTS, Signature
 
@@ -67,7 +67,7 @@ def write(
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many types, with messages of several lines
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"PyTorch {torch.__version__} cannot export this model to ONNX ({reason}); use "
             "--format hf"
@@ -120,7 +120,7 @@ class Graph:
                 str(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # the runtime raises many types
-            reason = " ".join(str(error).split())[:160]
+            reason = reason_of(error)
             raise BadInput(f"{path} cannot be read ({reason}); export the model again") from None
         self._inputs = {one.name: one for one in self._session.get_inputs()}
         self.inputs = tuple(self._inputs)

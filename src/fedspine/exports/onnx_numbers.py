@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.exports import onnx_wide
 from fedspine.exports.onnx_graph import PAST, quiet
 from fedspine.exports.onnx_wide import Feeds
@@ -46,7 +46,7 @@ def quantise(path: Path, how: str, feeds: Feeds = ()) -> None:
         try:
             QUANTISERS[how](path, Path(scratch), feeds)
         except Exception as error:  # the quantiser raises many types
-            reason = " ".join(str(error).split())[:160]
+            reason = reason_of(error)
             raise BadInput(
                 f"ONNX Runtime cannot convert this graph to {how} ({reason}); use --quantize none"
             ) from error

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.core.message import NotAMessage, Tensors, pack, unpack
 from fedspine.lm.base import Base, HeadLayer, Model
 from fedspine.lm.lora import a_name, b_name
@@ -166,7 +166,7 @@ def merged_into(module: nn.Module, folder: str | Path) -> nn.Module:
             warnings.simplefilter("ignore")  # of how PEFT handles transformers' settings
             return PeftModel.from_pretrained(module, str(folder)).merge_and_unload()
     except Exception as error:  # PEFT raises many types
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         what = f"the adapter in {folder} cannot be read ({reason}); export it again"
         raise BadInput(what) from None
 

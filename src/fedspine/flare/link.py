@@ -23,7 +23,7 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import new_cell_message
 from nvflare.fuel.flare_api.flare_api import Session
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, one_line
 from fedspine.flare.app import (
     ASK,
     CHANNEL,
@@ -150,7 +150,7 @@ class FlareLink:
             job = _submitted(self._session, secret, self._fewest)
         except Exception as error:
             self._log_in_again()
-            raise RelayLost(f"no job can be started: {' '.join(str(error).split())}") from error
+            raise RelayLost(f"no job can be started: {one_line(error)}") from error
         self._job, self._secret, self._lost = job, secret, Signal()
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and not self._closed.is_set():

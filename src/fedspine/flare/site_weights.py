@@ -106,7 +106,5 @@ def _largest(base: Base, rank: int) -> dict[str, tuple[int, ...]]:
     for at in base.layout.sites:
         shapes |= {a_name(at.path): (rank, at.columns), b_name(at.path): (at.rows, rank)}
     for layer in base.head:
-        shapes[f"{layer.path}.weight"] = tuple(layer.weight.shape)
-        if layer.bias is not None:
-            shapes[f"{layer.path}.bias"] = tuple(layer.bias.shape)
+        shapes |= {name: tuple(tensor.shape) for name, tensor in layer.tensors.items()}
     return shapes

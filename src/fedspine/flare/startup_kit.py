@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from fedspine.core.errors import BadInput, unknown
+from fedspine.core.errors import BadInput, one_line, unknown
 from fedspine.core.process import keeping_freed_memory
 from fedspine.core.task import BUILT_IN_DATA
 from fedspine.flare.site import SITE_FILE, load_site
@@ -271,8 +271,7 @@ def logged_in(kit: StartupKit, timeout: float = LOGIN_SECONDS) -> Any:
             )
     except Exception as error:  # FLARE's errors have no common type
         raise BadInput(
-            f"the server at {kit.host}:{kit.port} refuses {kit.folder}: "
-            f"{' '.join(str(error).split())}"
+            f"the server at {kit.host}:{kit.port} refuses {kit.folder}: {one_line(error)}"
         ) from None
 
 

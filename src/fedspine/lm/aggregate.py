@@ -56,7 +56,7 @@ def bounded(
 
     So the change of a product is bounded, too, since those of its factors are.
     """
-    sent = [_like(part.back, part.sent) for part in contributions]
+    sent = [_returned_part(part.back, part.sent) for part in contributions]
     changes = (
         {name: tensor.float() - before[name].float() for name, tensor in part.back.items()}
         for part, before in zip(contributions, sent, strict=True)
@@ -206,10 +206,12 @@ def _factors_today(layout: PrunableLayout, today: Tensors, part: Contribution) -
     if not part.late:
         return part
     cut = cut_adapter(today, layout.sites, part.structure)
-    return replace(part, back=rebased(part.back, *(_like(part.back, a) for a in (part.sent, cut))))
+    return replace(
+        part, back=rebased(part.back, *(_returned_part(part.back, a) for a in (part.sent, cut)))
+    )
 
 
-def _like(back: Tensors, adapter: Tensors) -> Tensors:
+def _returned_part(back: Tensors, adapter: Tensors) -> Tensors:
     """The part of an adapter that came back: its sites, and the first directions of each."""
     return {name: adapter[name][tuple(map(slice, each.shape))] for name, each in back.items()}
 
@@ -270,7 +272,7 @@ def _trimmed_products(
     weights = torch.tensor([part.weight for part in contributions])
     pairs, owners = [], []
     for part in contributions:
-        (left, right), (dim, index) = factors(part, site), _owned(site, part.structure)
+        (left, right), (dim, index) = factors(part, site), _owned_lines(site, part.structure)
         if dim == 0:
             left = torch.zeros(site.rows, left.shape[1]).index_copy_(0, index, left)
         else:
@@ -302,7 +304,7 @@ def _sum_over_owners(
     total = torch.zeros(site.rows, site.columns)
     for part in contributions:
         left, right = factors(part, site)
-        total.index_add_(*_owned(site, part.structure), (part.weight * left) @ right)
+        total.index_add_(*_owned_lines(site, part.structure), (part.weight * left) @ right)
     return total, _weight_of_owners(site, contributions)
 
 
@@ -313,12 +315,12 @@ def _weight_of_owners(site: PrunableSite, contributions: Sequence[Contribution])
     by_row = site.row_units is not None
     weight = torch.zeros(site.rows if by_row else site.columns)
     for part in contributions:
-        _, index = _owned(site, part.structure)
+        _, index = _owned_lines(site, part.structure)
         weight.index_add_(0, index, torch.full((len(index),), part.weight))
     return weight[:, None] if by_row else weight[None, :]
 
 
-def _owned(site: PrunableSite, structure: Structure) -> tuple[int, Tensor]:
+def _owned_lines(site: PrunableSite, structure: Structure) -> tuple[int, Tensor]:
     """The dimension in which a site can be cut, and the rows or columns that are kept."""
     if site.row_units is not None:
         return 0, kept_rows(site, structure)

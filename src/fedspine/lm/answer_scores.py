@@ -27,7 +27,7 @@ def rouge_l(answer: str, reference: str) -> float:
     said, wanted = _words(answer), _words(reference)
     if not said or not wanted:
         return 0.0
-    common = _common(said, wanted)
+    common = _longest_common(said, wanted)
     # the harmonic mean of common / said and common / wanted
     return 2 * common / (len(said) + len(wanted))
 
@@ -36,7 +36,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def _common(one: Sequence[str], other: Sequence[str]) -> int:
+def _longest_common(one: Sequence[str], other: Sequence[str]) -> int:
     """The length of the longest common subsequence."""
     lengths = [0] * (len(other) + 1)
     for word in one:

@@ -57,6 +57,12 @@ class HeadLayer:
     bias: Tensor | None
     fresh: bool
 
+    @property
+    def tensors(self) -> Tensors:
+        """Weight and bias by name."""
+        own = {"weight": self.weight, "bias": self.bias}
+        return {f"{self.path}.{part}": each for part, each in own.items() if each is not None}
+
 
 class Base:
     """A frozen transformer for one task, in one precision.
@@ -90,7 +96,7 @@ class Base:
         for site in layout.sites:
             linear = module.get_submodule(site.path)
             self.weights[site.path] = (
-                self._held(linear.weight.data, site),
+                self._held_weight(linear.weight.data, site),
                 None if linear.bias is None else linear.bias.data.to(precision),
             )
             self._linears[site.path] = AdaptedLinear(*self.weights[site.path])
@@ -105,7 +111,7 @@ class Base:
         self._blocks = list(backbone.get_submodule(names.layers))
         self.embeddings = self._parameters_left()
 
-    def _held(self, weight: Tensor, site: PrunableSite) -> Frozen:
+    def _held_weight(self, weight: Tensor, site: PrunableSite) -> Frozen:
         """A weight as devices hold it; one without values stays as it is."""
         if isinstance(self.layout, QuantisedLayout) and not weight.is_meta:
             return quantised(weight, site, self.layout, self.precision)
@@ -330,14 +336,14 @@ class Base:
             return self.weights
         key = key_of(structure)
         slices = self._slices.pop(key, None) or {
-            site.path: self._cut(site, structure) for site in self.layout.sites
+            site.path: self._cut_site(site, structure) for site in self.layout.sites
         }
         self._slices[key] = slices
         while len(self._slices) > SLICED:
             self._slices.popitem(last=False)
         return slices
 
-    def _cut(self, site: PrunableSite, structure: Structure) -> tuple[Frozen, Tensor | None]:
+    def _cut_site(self, site: PrunableSite, structure: Structure) -> tuple[Frozen, Tensor | None]:
         weight, bias = self.weights[site.path]
         rows, columns = kept_rows(site, structure), kept_columns(site, structure)
         bias = None if bias is None else cut(bias, rows, 0)

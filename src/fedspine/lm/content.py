@@ -24,18 +24,14 @@ def content_sha256(base: Base, tokenizer: Any) -> str:
     digest.update(json.dumps(written(tokenizer), sort_keys=True).encode("utf-8", "surrogatepass"))
     if (template := template_of(tokenizer)) != PLAIN:  # which stands for none
         digest.update(json.dumps(template).encode("utf-8", "surrogatepass"))
-    fresh = {
-        f"{layer.path}.{part}" for layer in base.head if layer.fresh for part in ("weight", "bias")
-    }
+    fresh = {name for layer in base.head if layer.fresh for name in layer.tensors}
     tensors = dict(base.whole_skeleton().state_dict())
     for path, (weight, bias) in base.weights.items():
         tensors |= {f"{path}.weight": expanded(weight)} | (
             {} if bias is None else {f"{path}.bias": bias}
         )
     for layer in base.head:
-        tensors |= {f"{layer.path}.weight": layer.weight} | (
-            {} if layer.bias is None else {f"{layer.path}.bias": layer.bias}
-        )
+        tensors |= layer.tensors
     for name in sorted(tensors.keys() - fresh):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -77,7 +77,9 @@ class Definition:
         token = self.tokens.get(id)
         if token is None or self._model["type"] != "BPE":
             return {id}
-        return {id} | {self.ids[part] for part in self._made_of(token) if part in self.ids}
+        return {id} | {
+            self.ids[part] for part in self._intermediate_tokens(token) if part in self.ids
+        }
 
     def cut(self, kept: Sequence[int]) -> "Definition":
         """The definition of these tokens alone, ascending old ids, of which each becomes its place.
@@ -101,7 +103,7 @@ class Definition:
             model["merges"] = [
                 merge
                 for merge, (left, right) in zip(self._model["merges"], self._merges, strict=True)
-                if left in there and right in there and self._joined(left, right) in there
+                if left in there and right in there and self._merged_token(left, right) in there
             ]
         content["added_tokens"] = [token | {"id": places[token["id"]]} for token in self._added]
         content["post_processor"] = _renumbered(content.get("post_processor"), self.ids, places)
@@ -158,7 +160,7 @@ class Definition:
         """What marks a piece that ends a word."""
         return self._model.get("end_of_word_suffix") or ""
 
-    def _joined(self, left: str, right: str) -> str:
+    def _merged_token(self, left: str, right: str) -> str:
         return left + right[len(self._prefix) :]
 
     def _alphabet(self) -> Iterator[str]:
@@ -192,7 +194,7 @@ class Definition:
             for place, character in enumerate(body)
         ]
 
-    def _made_of(self, token: str) -> tuple[str, ...]:
+    def _intermediate_tokens(self, token: str) -> tuple[str, ...]:
         """What BPE makes on its way to a token: the token's own symbols are merged as they would
         be in any text that has the token, since nothing was merged across its borders there. None
         for a token that merges do not make, such as that of a byte, or a special one.
@@ -207,7 +209,7 @@ class Definition:
             if best not in self._ranks:
                 break
             place = pairs.index(best)
-            symbols[place : place + 2] = [self._joined(*best)]
+            symbols[place : place + 2] = [self._merged_token(*best)]
             made.append(symbols[place])
         return self._parts.setdefault(token, tuple(made) if symbols == [token] else ())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.core.task import Examples
 from fedspine.data.dataset import ANSWERS, Dialogue
 
@@ -130,7 +130,7 @@ def _turn(tokenizer: Any, before: Messages, answer: str, where: str) -> _Turn:
         prompt=_rendered(tokenizer, before, where, asks=True),
         # as the template writes it, which may strip it
         answer=whole[len(head) : len(whole) - len(tail)] if known else answer.strip(),
-        end=_end(tokenizer, tail),
+        end=_end_token(tokenizer, tail),
     )
 
 
@@ -139,14 +139,14 @@ def _rendered(tokenizer: Any, messages: Messages, where: str, *, asks: bool = Fa
     try:
         return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=asks)
     except Exception as error:  # templates are programs, and raise what they like
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"the model's chat template fails on {where} ({type(error).__name__}: {reason}); "
             "correct the row or the template"
         ) from None
 
 
-def _end(tokenizer: Any, tail: str) -> int | None:
+def _end_token(tokenizer: Any, tail: str) -> int | None:
     """The first token of what a template writes after an answer if it is a special one, else the
     tokenizer's end token.
     """

@@ -165,14 +165,14 @@ class Hidden:
         self._seen: list[Tensor] = []
 
     def __enter__(self) -> "Hidden":
-        self._handles = [block.register_forward_hook(self._see) for block in self._blocks]
+        self._handles = [block.register_forward_hook(self._record) for block in self._blocks]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _see(self, block: nn.Module, inputs: object, output: object) -> None:
+    def _record(self, block: nn.Module, inputs: object, output: object) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         self._seen.append(hidden)  # type: ignore[arg-type]
 

@@ -35,7 +35,7 @@ class FedProx:
     mu: float = 0.01
 
     def check(self) -> None:
-        _positive("mu", self.mu)
+        _check_positive("mu", self.mu)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FedDyn:
     alpha: float = 1.0
 
     def check(self) -> None:
-        _positive("alpha", self.alpha)
+        _check_positive("alpha", self.alpha)
 
 
 Drift: TypeAlias = Free | FedProx | FedDyn
@@ -80,7 +80,7 @@ def after_training(gradient: Tensors, trained: Tensors, received: Tensors, alpha
     return {name: g - alpha * (trained[name] - received[name]) for name, g in gradient.items()}
 
 
-def _positive(name: str, value: float) -> None:
+def _check_positive(name: str, value: float) -> None:
     if not (value > 0 and isfinite(value)):
         raise BadInput(
             f"method.drift.{name} is {value:g}, but a positive number was expected; for no term "

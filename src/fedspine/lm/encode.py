@@ -40,7 +40,7 @@ def encode(
         return encode_dialogues(tokenizer, rows.dialogues, max_tokens)
     if kind == "causal-lm":
         coded = tokenizer(texts, verbose=False)["input_ids"]
-        whole = [_ended(ids, tokenizer.eos_token_id, ended) for ids in coded]
+        whole = [_with_end(ids, tokenizer.eos_token_id, ended) for ids in coded]
         return _in_windows(whole, max_tokens, _overlap(max_tokens, scored), tokenizer.pad_token_id)
     pairs = None if rows.pairs is None else list(rows.pairs)
     if bi_encoder:
@@ -51,13 +51,13 @@ def encode(
         both = list(zip(firsts, seconds, strict=True))
         of_text = [[0] * len(first) + [1] * len(second) for first, second in both]
         whole = [first + second for first, second in both]
-        return _flat(whole, rows.labels, of_text, tokenizer.pad_token_id)
+        return _examples(whole, rows.labels, of_text, tokenizer.pad_token_id)
     coded = tokenizer(texts, pairs, truncation=True, max_length=max_tokens)
     segments = coded.get("token_type_ids") if pairs is not None else None
-    return _flat(coded["input_ids"], rows.labels, segments, tokenizer.pad_token_id)
+    return _examples(coded["input_ids"], rows.labels, segments, tokenizer.pad_token_id)
 
 
-def _ended(ids: list[int], end: int | None, ended: bool) -> list[int]:
+def _with_end(ids: list[int], end: int | None, ended: bool) -> list[int]:
     """A text's tokens with one end token, whether or not the tokenizer adds it, or with none."""
     if end is None:
         return ids
@@ -86,14 +86,14 @@ def _in_windows(texts: list[list[int]], max_tokens: int, overlap: int, padding: 
             sources.append(text)
             context.append(overlap if start else 0)
     return replace(
-        _flat(windows, None, None, padding),
+        _examples(windows, None, None, padding),
         sources=np.array(sources, np.int64),
         # the first token of a row is never predicted, so one token of context is no matter
         context=np.array(context, np.int64) if overlap > 1 else None,
     )
 
 
-def _flat(
+def _examples(
     ids: list[list[int]], labels: np.ndarray | None, segments: list[list[int]] | None, padding: int
 ) -> Examples:
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)

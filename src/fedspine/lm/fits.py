@@ -118,13 +118,13 @@ def settle_end(tokenizer: Any, module: nn.Module) -> None:
     if end is None or begin in (None, end):
         return
     rows = module.get_output_embeddings().weight.detach()
-    if _alike(rows, end) and not _alike(rows, begin):
+    if _has_equal_row(rows, end) and not _has_equal_row(rows, begin):
         tokenizer.eos_token = tokenizer.bos_token
         module.config.eos_token_id = begin
         module.generation_config.eos_token_id = begin
 
 
-def _alike(rows: Float[Tensor, "entries width"], one: int) -> bool:
+def _has_equal_row(rows: Float[Tensor, "entries width"], one: int) -> bool:
     """Whether another entry's row is equal up to `SAME` of its norm."""
     near = SAME * rows[one].float().norm()
     parts = [(part.float() - rows[one].float()).norm(dim=1) <= near for part in rows.split(CHUNK)]

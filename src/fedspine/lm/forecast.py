@@ -123,8 +123,15 @@ def depths_hosted(
         if depth := sum(bytes <= room for bytes in needed):
             most[profile.id] = depth
         else:
-            fleet.note(device=profile.id, left_out="no depth fits its memory")
+            leave_out(fleet, profile.id)
     return most
+
+
+def leave_out(fleet: Any, device: str) -> None:
+    """Note a device that is not asked, since no depth that its method might ask for fits its
+    memory.
+    """
+    fleet.note(device=device, left_out="no depth fits its memory")
 
 
 def round_flops(

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from fedspine.core.errors import BadInput, listed
+from fedspine.core.errors import BadInput, listed, reason_of
 from fedspine.lm.prunable_layout import UNIT_MAPS
 from fedspine.lm.tokens import home
 
@@ -148,7 +148,7 @@ def _forget_made_up(path: Path, rows: int) -> None:
 
 
 def _unreadable(file: Path, error: Exception) -> BadInput:
-    reason = " ".join(str(error).split())[:160]
+    reason = reason_of(error)
     return BadInput(
         f"{file.name} cannot be read as GGUF ({type(error).__name__}: {reason}); copy the file "
         "again, or take another one"

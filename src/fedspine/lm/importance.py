@@ -79,7 +79,7 @@ def score_stack(
     """
     lines = []
     for site in layout.sites:
-        entries = _entries(expanded(weights[site.path]), adapter, site.path, scale, criterion)
+        entries = _entry_scores(expanded(weights[site.path]), adapter, site.path, scale, criterion)
         by_line = entries.sum(-1) if site.row_units else entries.sum(-2)
         if criterion.normalise:
             by_line = by_line / by_line.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -117,7 +117,7 @@ def magnitude_scores(base: Base, model: Model) -> Scores:
     """
     energy = no_scores(base.layout)
     for site in base.layout.sites:
-        entries = _effective(base, model, site.path).square_()
+        entries = _effective_weight(base, model, site.path).square_()
         _add_lines(
             energy, site, model.structure, entries.sum(1) if site.row_units else entries.sum(0)
         )
@@ -154,7 +154,7 @@ def _add_lines(
     target[site.layer].index_add_(0, kept // site.per_unit, by_line[: len(kept)])
 
 
-def _effective(base: Base, model: Model, path: str) -> Float[Tensor, "rows columns"]:
+def _effective_weight(base: Base, model: Model, path: str) -> Float[Tensor, "rows columns"]:
     """W + scale * B @ A of one site in fp32, cut to the model's structure; a tensor of its own."""
     weight = base.slice(path, model.structure)[0].cpu()
     a, b = model.adapter.get(a_name(path)), model.adapter.get(b_name(path))
@@ -164,7 +164,7 @@ def _effective(base: Base, model: Model, path: str) -> Float[Tensor, "rows colum
         return torch.addmm(weight.float(), b.float(), a.float(), alpha=model.scale)
 
 
-def _entries(
+def _entry_scores(
     weight: Tensor, adapter: Tensors, path: str, scale: float, criterion: Criterion
 ) -> Float[Tensor, "*models rows columns"]:
     a, b = adapter[a_name(path)], adapter[b_name(path)]

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fedspine.core.errors import BadInput, nearest
+from fedspine.core.errors import BadInput, nearest, reason_of
 from fedspine.core.task import BUILT_IN_MODELS, Pooling, TaskKind
 from fedspine.lm import attention, gguf_files, vocabulary
 from fedspine.lm.base import Base, HeadLayer
@@ -72,7 +72,7 @@ def load(
     readout = readout_of(pooling, source, config, kind)
     if readout is not None:
         config.num_labels = classes
-    base = _base(name, source, config, readout, precision, bits)
+    base = _load_base(name, source, config, readout, precision, bits)
     if reduced is not None:
         vocabulary.keep_rows(base, reduced.kept)
     elif kind == "causal-lm":  # a kept tokenizer of a cut base was settled before it was cut
@@ -111,7 +111,7 @@ def pooling_for(name: str, *, bi_encoder: bool = False) -> Pooling:
     return pooling_of(source, config, bi_encoder=bi_encoder)
 
 
-def _base(
+def _load_base(
     name: str,
     source: str,
     config: Any,
@@ -241,7 +241,7 @@ def read(name: str, reader: Any, source: Any, **options: Any) -> Any:
         known = f"built in: {', '.join(BUILT_IN_MODELS)}" + (
             f" (did you mean {near!r}?)" if near and near != name else ""
         )
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         advice = f"{known}, or a local folder, or a Hub id"
         if not isinstance(source, str) or Path(source).is_dir():
             advice = "check its files, or copy the model again"

@@ -173,7 +173,7 @@ def check_rank(field: str, ranks: Iterable[int], layout: PrunableLayout) -> None
 
 def adapter_rank(adapter: Tensors) -> int:
     """The largest rank of the factors, 0 where there are none."""
-    ranks = (len(factor) for name, factor in adapter.items() if name.endswith(".lora_A"))
+    ranks = (len(factor) for name, factor in adapter.items() if is_a(name))
     return max(ranks, default=0)
 
 
@@ -198,8 +198,7 @@ def check_least_depth(depth: int, layout: PrunableLayout) -> None:
 def cut_rank(adapter: Tensors, rank: int) -> Tensors:
     """The first `rank` directions of every factor."""
     return {
-        name: factor[:rank] if name.endswith(".lora_A") else factor[:, :rank]
-        for name, factor in adapter.items()
+        name: factor[:rank] if is_a(name) else factor[:, :rank] for name, factor in adapter.items()
     }
 
 

@@ -69,7 +69,7 @@ class RowGradients:
             norms = _norms(each)
             if not bool(norms.isfinite().all()):  # only then may an entry be infinite or NaN
                 each = [gradients.nan_to_num(0.0, 0.0, 0.0) for gradients in each]
-            factors = _factors(norms, most)
+            factors = _clip_factors(norms, most)
             for total, gradients in zip(sums, each, strict=True):
                 total += torch.tensordot(factors, gradients, dims=1)
         return dict(zip(self.names, sums, strict=True))
@@ -115,7 +115,7 @@ def _norms(each: Sequence[Float[Tensor, "rows ..."]]) -> Float[Tensor, " rows"]:
     return torch.stack([gradients.flatten(1).square().sum(1) for gradients in each]).sum(0).sqrt()
 
 
-def _factors(norms: Float[Tensor, " rows"], most: float) -> Float[Tensor, " rows"]:
+def _clip_factors(norms: Float[Tensor, " rows"], most: float) -> Float[Tensor, " rows"]:
     """What each row's gradient is scaled by, 0 where its norm is not finite."""
     factors = (most / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
     return torch.where(norms.isfinite(), factors, 0.0)

@@ -113,7 +113,7 @@ class BiEncoder(nn.Module):
         """
         inputs = self.backbone_inputs(input_ids, attention_mask, token_type_ids)
         hidden = _backbone(self.module)(**inputs).last_hidden_state.float()
-        first, second = _texts(input_ids, attention_mask, token_type_ids)
+        first, second = _text_masks(input_ids, attention_mask, token_type_ids)
         u, v = mean_of_tokens(hidden, first), mean_of_tokens(hidden, second)
         head = self.module.get_submodule(HEAD)
         return SequenceClassifierOutput(logits=head(torch.cat([u, v, (u - v).abs()], -1)).float())
@@ -127,7 +127,7 @@ class BiEncoder(nn.Module):
         """What the backbone is called with: an additive mask fp32 [rows, 1, tokens, tokens] that
         separates the texts, and positions that begin anew with the second.
         """
-        first, second = _texts(input_ids, attention_mask, token_type_ids)
+        first, second = _text_masks(input_ids, attention_mask, token_type_ids)
         places = torch.where(second > 0, second.cumsum(1), first.cumsum(1))
         of_text = first + 2 * second  # 0: padding, which sees itself alone
         apart = of_text[:, None, :, None] != of_text[:, None, None, :]
@@ -139,7 +139,7 @@ class BiEncoder(nn.Module):
         }
 
 
-def _texts(ids: Tensor, mask: Tensor | None, types: Tensor | None) -> tuple[Tensor, Tensor]:
+def _text_masks(ids: Tensor, mask: Tensor | None, types: Tensor | None) -> tuple[Tensor, Tensor]:
     """1 for the tokens of the first text, and for those of the second; int64 [rows, tokens]."""
     mask = torch.ones_like(ids) if mask is None else mask
     second = torch.zeros_like(ids) if types is None else types * mask
@@ -206,14 +206,14 @@ def pooling_of(source: str, config: Any, *, bi_encoder: bool = False) -> Pooling
     other encoder takes the mean.
     """
     decoder = unit_map(config.model_type).decoder
-    if stated := _stated(source):
+    if stated := _stated_pooling(source):
         return "bi-encoder" if bi_encoder and stated == "mean" and not decoder else stated
     saved_as = (config.architectures or [""])[0]
     own_head = saved_as.endswith("ForSequenceClassification")
     return "cls" if own_head or decoder else "mean"
 
 
-def _stated(source: str) -> Pooling | None:
+def _stated_pooling(source: str) -> Pooling | None:
     if Path(source).is_dir():
         path = Path(source) / SENTENCE_POOLING
     else:

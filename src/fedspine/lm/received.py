@@ -10,7 +10,7 @@ from fedspine.core.checks import MOST_FLOAT, Asked, Unusable, need, short, tenso
 from fedspine.core.message import Tensors
 from fedspine.core.tensors import single
 from fedspine.lm.base import Model
-from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.lora import a_name, b_name, is_a
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, full
 
@@ -118,17 +118,16 @@ def adapter_shapes(
 
 def head_shapes(asked: Asked, dtype: torch.dtype = torch.float16) -> Specified:
     """Types and shapes of the task head's weights, by name; a language model has none."""
-    shapes: Specified = {}
-    for layer in asked.base.head:
-        shapes[f"{layer.path}.weight"] = (dtype, tuple(layer.weight.shape))
-        if layer.bias is not None:
-            shapes[f"{layer.path}.bias"] = (dtype, tuple(layer.bias.shape))
-    return shapes
+    return {
+        name: (dtype, tuple(tensor.shape))
+        for layer in asked.base.head
+        for name, tensor in layer.tensors.items()
+    }
 
 
 def rank_in(adapter: Tensors) -> int:
     """The rank of the first factor A of a non-empty adapter that came; raises Unusable for none."""
     for name, tensor in adapter.items():
-        if name.endswith(a_name("")) and tensor.dim() == 2:
+        if is_a(name) and tensor.dim() == 2:
             return tensor.shape[0]
     raise Unusable("adapter has no factor A")

@@ -33,8 +33,8 @@ class Linear:
         >>> [Linear(floor=0.5).share(round, 4) for round in (0, 2)]
         [1.0, 0.75]
         """
-        left = 1 - _done(self.warmup_rounds, round, rounds)
-        return _rising(self.warmup_rounds, round) or _above(self.floor, left)
+        left = 1 - _share_done(self.warmup_rounds, round, rounds)
+        return _warmup_share(self.warmup_rounds, round) or _above_floor(self.floor, left)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Constant:
 
     def share(self, round: int, rounds: int) -> float:
         """Of the full rate, in this round, counted from 0."""
-        return _rising(self.warmup_rounds, round) or 1.0
+        return _warmup_share(self.warmup_rounds, round) or 1.0
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,21 @@ class Cosine:
         >>> [round(Cosine().share(at, 4), 3) for at in range(4)]
         [1.0, 0.854, 0.5, 0.146]
         """
-        done = _done(self.warmup_rounds, round, rounds)
-        return _rising(self.warmup_rounds, round) or _above(self.floor, (1 + cos(pi * done)) / 2)
+        done = _share_done(self.warmup_rounds, round, rounds)
+        return _warmup_share(self.warmup_rounds, round) or _above_floor(
+            self.floor, (1 + cos(pi * done)) / 2
+        )
 
 
 Schedule: TypeAlias = Linear | Constant | Cosine
 
 
-def _rising(warmup_rounds: int, round: int) -> float:
+def _warmup_share(warmup_rounds: int, round: int) -> float:
     """The share in a round of the warm-up; 0 after it."""
     return (round + 1) / (warmup_rounds + 1) if round < warmup_rounds else 0.0
 
 
-def _above(floor: float, share: float) -> float:
+def _above_floor(floor: float, share: float) -> float:
     """A share that falls from 1 to 0, as one that falls from 1 to the floor."""
     return floor + (1 - floor) * share if floor else share
 
@@ -93,6 +95,6 @@ def _check_floor(schedule: Linear | Cosine) -> None:
     check_ranges(schedule, {"floor": (0, 1)}, "method.schedule")
 
 
-def _done(warmup_rounds: int, round: int, rounds: int) -> float:
+def _share_done(warmup_rounds: int, round: int, rounds: int) -> float:
     """The share of the rounds after the warm-up that is over."""
     return (round - warmup_rounds) / max(1, rounds - warmup_rounds)

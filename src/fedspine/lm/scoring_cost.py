@@ -7,10 +7,10 @@ addition, and whole passes over a matrix with 1 for each entry. Work on single r
 units is left out: it is a thousandth of that. Bytes are of whole matrices, fp32 unless said
 otherwise.
 
-- "gradient" (`importance._entries`), at all sites, after the backward pass: [gB, B] [A; gA] takes 4
-  r R C, B A 2 r R C; to scale it, add W, multiply both, take the absolute value or square and sum 5
-  R C. With `cross`, gB gA, its scaling and its subtraction take 2 r R C + 2 R C more. It holds two
-  R x C matrices at once, three with `cross`.
+- "gradient" (`importance._entry_scores`), at all sites, after the backward pass: [gB, B] [A; gA]
+  takes 4 r R C, B A 2 r R C; to scale it, add W, multiply both, take the absolute value or square
+  and sum 5 R C. With `cross`, gB gA, its scaling and its subtraction take 2 r R C + 2 R C more. It
+  holds two R x C matrices at once, three with `cross`.
 - "activation" (`TrainableStack.importance_by_output`), at the sites that read units (attention
   output, feed-forward down): their inputs are squared and averaged over tokens in the forward pass,
   3 T C; after the backward pass B A takes 2 r R C, to scale it, add W, square and sum 4 R C. It
@@ -59,7 +59,7 @@ def tracking_cost(
     """
     if scoring is None:
         return NO_SCORING
-    sizes = [(site, *_kept(site, structure)) for site in layout.sites]
+    sizes = [(site, *_kept_shape(site, structure)) for site in layout.sites]
     entries = sum(rows * columns for _, rows, columns in sizes)
     matrix = SINGLE * max(rows * columns for _, rows, columns in sizes)
     if scoring.of == "gradient":
@@ -83,20 +83,20 @@ def tracking_cost(
 
 def magnitude_cost(layout: PrunableLayout, structure: Structure, rank: int) -> ScoringCost:
     """The cost of reading importance off the weights once."""
-    sizes = list(_sizes(layout.sites, structure))
+    sizes = list(_kept_entries(layout.sites, structure))
     return ScoringCost(
         flops=float((2 * rank + 4) * sum(sizes)), bytes_after=2 * SINGLE * max(sizes)
     )
 
 
-def _sizes(sites: Iterable[PrunableSite], structure: Structure) -> Iterable[int]:
+def _kept_entries(sites: Iterable[PrunableSite], structure: Structure) -> Iterable[int]:
     """Kept entries of each site's weight."""
     for site in sites:
-        rows, columns = _kept(site, structure)
+        rows, columns = _kept_shape(site, structure)
         yield rows * columns
 
 
-def _kept(site: PrunableSite, structure: Structure) -> tuple[int, int]:
+def _kept_shape(site: PrunableSite, structure: Structure) -> tuple[int, int]:
     """Kept rows and columns of a site's weight."""
     rows, columns = kept_rows(site, structure), kept_columns(site, structure)
     return (

@@ -127,7 +127,7 @@ class Stored:
         key = (place, tensor.storage_offset(), *tensor.shape, *tensor.stride())
         key = place if _is_whole(tensor) else key
         if key not in self._seen:
-            flat = _flat(tensor)
+            flat = _flat_numbers(tensor)
             self._seen[key] = (tensor, Codes.of(flat, self._bits))
             self.bytes += self._seen[key][1].bytes
             self.whole_bytes += flat.numel() * flat.element_size()
@@ -145,7 +145,7 @@ def _is_whole(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def _flat_numbers(tensor: Tensor) -> Tensor:
     """The numbers of a tensor in the order in which they lie, or in its own if it is a part."""
     if _is_whole(tensor):
         return tensor.detach().as_strided((tensor.numel(),), (1,), 0)

@@ -93,15 +93,15 @@ def grain(layout: PrunableLayout) -> float:
 
 def kept_rows(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"] | None:
     """Indices of the rows of this site's weight that are kept, None where no row is ever cut."""
-    return _kept(site, structure) if site.row_units else None
+    return _kept_places(site, structure) if site.row_units else None
 
 
 def kept_columns(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"] | None:
     """Indices of the kept columns of this site's weight, None where no column is ever cut."""
-    return _kept(site, structure) if site.column_units else None
+    return _kept_places(site, structure) if site.column_units else None
 
 
-def _kept(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"]:
+def _kept_places(site: PrunableSite, structure: Structure) -> Int[Tensor, " kept"]:
     units = (
         structure.heads if "heads" in (site.row_units, site.column_units) else structure.channels
     )

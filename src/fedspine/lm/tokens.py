@@ -62,11 +62,11 @@ def tokens(
     if key is None:
         return encode(tokenizer, rows, kind, max_tokens, **how)
     with suppress(*_UNUSABLE):
-        return _opened((folder or home()) / "tokens" / key)
+        return _open_stored((folder or home()) / "tokens" / key)
     examples = encode(tokenizer, rows, kind, max_tokens, **how)
     with suppress(*_UNUSABLE):
         _store(examples, (folder or home()) / "tokens" / key, kept or KEPT)
-        return _opened((folder or home()) / "tokens" / key)
+        return _open_stored((folder or home()) / "tokens" / key)
     return examples
 
 
@@ -148,7 +148,7 @@ def _store(examples: Examples, folder: Path, kept: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _opened(folder: Path) -> Examples:
+def _open_stored(folder: Path) -> Examples:
     """Raises one of _UNUSABLE for a folder that is not there, not whole or not what was stored."""
     about = json.loads((folder / ABOUT).read_text())
     arrays = {}

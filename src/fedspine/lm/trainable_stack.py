@@ -27,8 +27,8 @@ class TrainableStack:
 
     def __init__(self, base: Base, models: Sequence[Model]) -> None:
         self._base, self._models = base, models
-        self.adapter = self._joined([model.adapter for model in models])
-        self.head = self._joined([model.head for model in models])
+        self.adapter = self._stacked_weights([model.adapter for model in models])
+        self.head = self._stacked_weights([model.head for model in models])
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -88,13 +88,17 @@ class TrainableStack:
         """Model i's adapter in its own shapes; it stays in the autograd graph."""
         lead = self._models[i]
         return {
-            name: self._own(i, tensor, lead.adapter[name]) for name, tensor in self.adapter.items()
+            name: self._part_of_model(i, tensor, lead.adapter[name])
+            for name, tensor in self.adapter.items()
         }
 
     def head_of(self, i: int) -> Tensors:
         """Model i's head, likewise."""
         lead = self._models[i]
-        return {name: self._own(i, tensor, lead.head[name]) for name, tensor in self.head.items()}
+        return {
+            name: self._part_of_model(i, tensor, lead.head[name])
+            for name, tensor in self.head.items()
+        }
 
     def go_on(self, optimiser: torch.optim.Optimizer, of_models: Sequence[AdamMoments]) -> None:
         """Let AdamW go on with each model's moments, which are of as many steps."""
@@ -119,7 +123,7 @@ class TrainableStack:
         for name, tensor in {**self.adapter, **self.head}.items():
             if state := optimiser.state.get(tensor):
                 first[name], second[name] = (
-                    self._own(i, state[kind], whole[name]).detach().cpu().clone()
+                    self._part_of_model(i, state[kind], whole[name]).detach().cpu().clone()
                     for kind in ("exp_avg", "exp_avg_sq")
                 )
                 steps = int(state["step"])
@@ -164,7 +168,7 @@ class TrainableStack:
             if site.column_units:
                 yield site, self._base.skeleton.get_submodule(site.path)
 
-    def _joined(self, of_models: list[Tensors]) -> Tensors:
+    def _stacked_weights(self, of_models: list[Tensors]) -> Tensors:
         joined = {}
         for name, tensor in of_models[0].items():
             parts = [tensors[name] for tensors in of_models]
@@ -172,7 +176,7 @@ class TrainableStack:
             joined[name] = whole.to(self._base.device).requires_grad_()
         return joined
 
-    def _own(self, i: int, tensor: Tensor, like: Tensor) -> Tensor:
+    def _part_of_model(self, i: int, tensor: Tensor, like: Tensor) -> Tensor:
         return (
             tensor
             if len(self._models) == 1

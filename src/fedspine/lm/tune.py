@@ -87,7 +87,7 @@ def tune(
         result = _tuned(request)
     tuned = result.model.adapter | result.model.head
     released = device.released(model.adapter | model.head, tuned, rows)
-    return replace(result, model=_with(result.model, released))
+    return replace(result, model=_with_weights(result.model, released))
 
 
 def _tuned(request: Request) -> TuneResult:
@@ -131,7 +131,7 @@ def _tuned_privately(request: Request, guard: Guard) -> TuneResult:
             values = stack.adapter | stack.head
             trained = {n: before[n] for n, value in values.items() if value.requires_grad}
             released = before | noisy_update(trained, after, guard, multiplier)
-            return TuneResult(_with(sent, released), None, None)
+            return TuneResult(_with_weights(sent, released), None, None)
 
 
 def _by_dp_sgd(request: Request, guard: Guard) -> TuneResult:
@@ -141,7 +141,7 @@ def _by_dp_sgd(request: Request, guard: Guard) -> TuneResult:
     rate = min(1.0, tuning.batch / len(data))
     multiplier = guard.spend(rate, tuning.steps)
     first = first_block(base.layout, model)
-    stored = _prefix(request, first)
+    stored = _stored_prefix(request, first)
     stack = _stacked([request])
     optimiser = _optimiser(stack, tuning)
     values = stack.adapter | stack.head
@@ -166,7 +166,7 @@ def _by_dp_sgd(request: Request, guard: Guard) -> TuneResult:
     return TuneResult(stack.model(0), None, None)
 
 
-def _with(model: Model, tensors: Tensors) -> Model:
+def _with_weights(model: Model, tensors: Tensors) -> Model:
     """The model with these values of its adapter and its head."""
     return replace(
         model,
@@ -184,7 +184,7 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     lead, alone = requests[0], len(requests) == 1
     base, tuning, scoring = lead.device.base, lead.tuning, lead.scoring
     first = first_block(base.layout, lead.model)
-    prefixes = [_prefix(request, first) for request in requests]
+    prefixes = [_stored_prefix(request, first) for request in requests]
     plans = [list(batches(r.device.data, tuning, r.device.rng)) for r in requests]
     teachers = Teachers(
         base,
@@ -211,7 +211,7 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     stored = nullcontext() if lead.quantised is None else Stored(base, lead.quantised)
     with teachers, stored, ImportanceTracker(stack, scoring, known) as tracker:
         for step, rows in enumerate(zip(*plans, strict=True)):
-            inputs, width = _joined(requests, rows, widths)
+            inputs, width = _joined_inputs(requests, rows, widths)
             for request, chosen, seen in zip(requests, rows, counted, strict=True):
                 request.device.uses(chosen)
                 seen.append(chosen[request.device.data.predicted(chosen) > 0])
@@ -248,11 +248,11 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
             optimiser.zero_grad()
     history = torch.stack(losses, 1).tolist()
     for request, padded, seen in zip(requests, widths, history, strict=True):
-        account(request, padded[: _steps(seen)], first)
+        account(request, padded[: _steps_done(seen)], first)
     return [
         TuneResult(
             stack.model(i),
-            _ended(seen, counted[i], requests[i].device),
+            _final_loss(seen, counted[i], requests[i].device),
             tracker.scores[i],
             stack.moments(i, optimiser) if requests[i].keeps_moments else None,
         )
@@ -283,21 +283,21 @@ def _optimiser(stack: TrainableStack, tuning: Tuning) -> torch.optim.Optimizer:
     )
 
 
-def _steps(losses: list[float]) -> int:
+def _steps_done(losses: list[float]) -> int:
     """Steps until training ended: all, or up to the first loss that is not finite."""
     return next(
         (step + 1 for step, loss in enumerate(losses) if not np.isfinite(loss)), len(losses)
     )
 
 
-def _ended(losses: list[float], counted: list[np.ndarray], device: Device) -> float:
+def _final_loss(losses: list[float], counted: list[np.ndarray], device: Device) -> float:
     """The mean of the last losses before training ended, which is not finite where one of them is
     not.
 
     Steps in which no label counted say nothing; 0 where there are no others. It is over more steps
     where the last ones have fewer rows than the device answers about.
     """
-    steps = zip(losses[: _steps(losses)], counted, strict=False)
+    steps = zip(losses[: _steps_done(losses)], counted, strict=False)
     counting = [(loss, rows) for loss, rows in steps if len(rows) or not np.isfinite(loss)]
     if not counting:
         return 0.0
@@ -310,7 +310,7 @@ def _ended(losses: list[float], counted: list[np.ndarray], device: Device) -> fl
     return device.mean_beside(mean, MOST_LOSS * largest_share(texts[-last:], labels))
 
 
-def _prefix(request: Request, first: int) -> Tensor | None:
+def _stored_prefix(request: Request, first: int) -> Tensor | None:
     """What enters the lowest trained block for all of the device's rows, where that pays."""
     device = request.device
     if first == 0 or not request.reuses:
@@ -344,18 +344,18 @@ def label_losses(logits: Tensor, labels: Tensor) -> Float[Tensor, " labels"]:
     if labels.dim() == 2:
         logits = logits[:, :-1].flatten(0, 1)
     return nn.functional.cross_entropy(
-        logits.float(), _predicted(labels), ignore_index=IGNORED, reduction="none"
+        logits.float(), _predicted_labels(labels), ignore_index=IGNORED, reduction="none"
     )
 
 
 def mean_losses(losses: Tensor, labels: Tensor, models: int) -> Float[Tensor, " models"]:
     """The mean of each model's own over the labels that count."""
     each = (models, len(losses) // models)
-    counted = (_predicted(labels) != IGNORED).view(each).sum(1)
+    counted = (_predicted_labels(labels) != IGNORED).view(each).sum(1)
     return losses.view(each).sum(1) / counted.clamp(min=1)
 
 
-def _predicted(labels: Tensor) -> Tensor:
+def _predicted_labels(labels: Tensor) -> Tensor:
     """Labels as predictions: of texts of each token but the first."""
     return labels[:, 1:].flatten() if labels.dim() == 2 else labels
 
@@ -372,7 +372,7 @@ def batches(data: Examples, tuning: Tuning, rng: np.random.Generator) -> Iterato
         yield by_length[start : start + tuning.batch]
 
 
-def _joined(
+def _joined_inputs(
     requests: Sequence[Request], rows: Sequence[np.ndarray], widths: Sequence[list[int]]
 ) -> tuple[Tensors, int]:
     """One step's inputs of all devices, one after another, and their common padded length; each

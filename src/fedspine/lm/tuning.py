@@ -1,6 +1,7 @@
 """The settings of local training: of a recipe, and what of them an order of one round carries."""
 
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from fedspine.core.checks import Asked, need
@@ -99,6 +100,10 @@ class LocalTraining(HeadTraining):
 
     head_lr_multiplier: float = 3.0  # the task head's learning rate over the adapter's
     personal_head: bool = quiet(False)  # whether each device trains and runs a head of its own
+
+
+# with which a tiny model learns a toy task in a few rounds
+TOY = MappingProxyType({"steps": 8, "batch": 16, "learning_rate": 2e-2, "head_lr_multiplier": 1.0})
 
 
 def check_tuning(fields: HeadTraining) -> None:

@@ -15,7 +15,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.lora import check_rank, cut_rank, fresh
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import full
-from fedspine.lm.tuning import LocalTraining, check_tuning
+from fedspine.lm.tuning import TOY, LocalTraining, check_tuning
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,7 @@ class UnequalRanks(LocalTraining):
     @classmethod
     def toy(cls) -> Any:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            ranks=(2, 4, 8),
-            rank_by="random",
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY, ranks=(2, 4, 8), rank_by="random")
 
 
 @message

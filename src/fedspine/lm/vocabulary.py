@@ -15,7 +15,7 @@ import pydantic
 import torch
 from jaxtyping import Int
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.core.fleet import EarlyExchange
 from fedspine.lm.base import Base
 from fedspine.lm.cut_tokenizer import Definition, cut_tokenizer, special_ids, token_ids
@@ -55,7 +55,7 @@ def required(tokenizer: Any, base: Base) -> set[int]:
     """The ids that a vocabulary has to keep: see `Definition.required`; besides, those that the
     model's configuration names.
     """
-    named = special_ids(tokenizer, base.config, *_generation(base))
+    named = special_ids(tokenizer, base.config, *_generation_configs(base))
     found = Definition.of(tokenizer).required() | named
     if "roberta" in base.config.model_type:
         # it counts positions from its padding id on, which so must not move
@@ -118,14 +118,14 @@ def keep_rows(base: Base, kept: Sequence[int]) -> None:
     """
     base.keep_tokens(torch.tensor(kept))
     places = {id: place for place, id in enumerate(kept)}
-    for settings in (base.config, *_generation(base)):
-        _rename(settings, places)
+    for settings in (base.config, *_generation_configs(base)):
+        _renumber_tokens(settings, places)
 
 
 def whole_config(config: Any, vocabulary: Vocabulary) -> None:
     """Let the configuration of a cut base, as a run keeps it, fit the whole base's weights."""
     config.vocab_size = vocabulary.about.whole
-    _rename(config, dict(enumerate(vocabulary.kept)))
+    _renumber_tokens(config, dict(enumerate(vocabulary.kept)))
 
 
 def read(folder: Path | None) -> Vocabulary | None:
@@ -139,7 +139,7 @@ def read(folder: Path | None) -> Vocabulary | None:
         payload = path.read_bytes()
         return pydantic.TypeAdapter(Vocabulary).validate_json(payload, strict=True)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"{path} is damaged ({reason}); restore it from a copy, or start a new run"
         ) from None
@@ -155,12 +155,12 @@ def write(folder: Path, vocabulary: Vocabulary) -> None:
     (folder / FILE).write_text(json.dumps(asdict(vocabulary)), encoding="utf-8")
 
 
-def _generation(base: Base) -> list[Any]:
+def _generation_configs(base: Base) -> list[Any]:
     """How texts are generated, which names tokens too; of language models only."""
     return [base.skeleton.generation_config] if base.pooling is None else []
 
 
-def _rename(settings: Any, places: dict[int, int]) -> None:
+def _renumber_tokens(settings: Any, places: dict[int, int]) -> None:
     for key, ids in list(token_ids(settings)):
         new = [places[id] for id in ids if id in places]
         many = isinstance(getattr(settings, key), list)

@@ -62,8 +62,8 @@ class Weightless(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in FACTORIES:
-            return _made(func, args, kwargs)
-        if not any(map(_bare, (*args, *kwargs.values()))):
+            return _from_factory(func, args, kwargs)
+        if not any(map(_lacks_values, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
         if func is Tensor.__bool__:
             return False
@@ -78,7 +78,7 @@ class Weightless(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _made(func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
+def _from_factory(func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
     """The tensor of a factory, without values if it is a floating-point one."""
     if func in (torch.tensor, torch.as_tensor):
         made = func(*args, **kwargs)
@@ -88,10 +88,10 @@ def _made(func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Ten
     return func(*args, **(kwargs | {"device": META}))
 
 
-def _bare(value: Any) -> bool:
+def _lacks_values(value: Any) -> bool:
     """Whether an argument is a tensor without values, or a sequence with one."""
     if isinstance(value, list | tuple):
-        return any(map(_bare, value))
+        return any(map(_lacks_values, value))
     return isinstance(value, Tensor) and value.device.type == META.type
 
 
@@ -130,11 +130,13 @@ def load(
         module = built(module, readout)
     layout = held_in(layout_of(module.config, module.base_model_prefix), bits)
     saved = type(module).__name__ in (config.architectures or ())
-    head = () if readout is None else head_layers(module, lambda path: not _held(path, saved))
+    head = (
+        () if readout is None else head_layers(module, lambda path: not _in_checkpoint(path, saved))
+    )
     return Base(module, layout, head, torch.float32, readout, weights_sha256="")
 
 
-def _held(path: str, saved: bool) -> bool:
+def _in_checkpoint(path: str, saved: bool) -> bool:
     """Whether a checkpoint holds the layer at `path` of the head; a bare backbone's has only the
     pooler.
     """

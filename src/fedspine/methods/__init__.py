@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from fedspine.core.errors import BadInput, unknown
+from fedspine.core.errors import BadInput, one_line, unknown
 from fedspine.core.method import forget, registered
 
 GROUP = "fedspine.methods"
@@ -100,7 +100,7 @@ def _installed() -> tuple[dict[str, str], tuple[Broken, ...]]:
             packages[entry.name] = package
         except Exception as error:  # whatever the package's code raises
             forget(registered().keys() - before)
-            why = " ".join(str(error).split())
+            why = one_line(error)
             failed.append(Broken(entry.name, package, f"{type(error).__name__}: {why}"))
     return packages, tuple(failed)
 

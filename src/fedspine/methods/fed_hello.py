@@ -32,7 +32,7 @@ from fedspine.lm.received import check_adapter, check_head, model_of
 from fedspine.lm.replies import average_replies
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, Tuning, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraResult, lora_result
 
 
@@ -105,14 +105,7 @@ class FedHello(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            rank=4,
-            share_by="random",
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY, rank=4, share_by="random")
 
     def check(self, task: Task) -> None:
         check_rank("method.rank", (self.rank,), task.base.layout)
@@ -131,7 +124,7 @@ class FedHello(LocalTraining):
 
     def least_work(self, task: Task) -> LeastWork:
         base = task.base
-        return least_work(self._needed(base.layout, base.embeddings, task.max_tokens)[0])
+        return least_work(self._memory_by_depth(base.layout, base.embeddings, task.max_tokens)[0])
 
     def start(self, task: Task, rng: np.random.Generator) -> FedHelloState:
         layout = task.base.layout
@@ -179,7 +172,7 @@ class FedHello(LocalTraining):
 
     def _orders(self, state: FedHelloState, fleet: Fleet) -> dict[DeviceId, BlocksOrder]:
         layers = state.layout.layers
-        needed = self._needed(state.layout, state.embeddings, state.max_tokens)
+        needed = self._memory_by_depth(state.layout, state.embeddings, state.max_tokens)
         hosted = depths_hosted(fleet, needed)
         adapter, head = half(state.adapter), half(state.head)
         tuning = tuning_at(self, state.round, state.rounds, state.turns)
@@ -209,7 +202,7 @@ class FedHello(LocalTraining):
                 )
         return orders
 
-    def _needed(self, layout: PrunableLayout, embeddings: int, tokens: int) -> list[int]:
+    def _memory_by_depth(self, layout: PrunableLayout, embeddings: int, tokens: int) -> list[int]:
         """Bytes of memory at depths 1, 2, ..."""
         return depth_bytes(
             layout, self.rank, embeddings=embeddings, batch=self.batch, tokens=tokens

@@ -24,14 +24,14 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Base, Model
 from fedspine.lm.cost import HALF, Extent, forward_flops, training_memory_bytes
-from fedspine.lm.forecast import USABLE_MEMORY, least_work, no_block_fits
+from fedspine.lm.forecast import USABLE_MEMORY, least_work, leave_out, no_block_fits
 from fedspine.lm.lora import a_name, adapter_rank, b_name, check_rank, fresh_a
 from fedspine.lm.prefix import BATCH
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_adapter, check_head
 from fedspine.lm.score import score
 from fedspine.lm.structure import full
-from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
 
 PRESENT, WIDER, DEEPER = "present", "wider", "deeper"
@@ -164,17 +164,7 @@ class FedAdapter(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            width=4,
-            width_step=2,
-            largest_width=8,
-            trial_rounds=2,
-            trial_rows=32,
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY, width=4, width_step=2, largest_width=8, trial_rounds=2, trial_rows=32)
 
     def check(self, task: Task) -> None:
         layers = task.base.layout.layers
@@ -201,7 +191,7 @@ class FedAdapter(LocalTraining):
     def least_work(self, task: Task) -> LeastWork:
         """The configuration to begin with, which no branch is smaller than."""
         sizes = (task.base.layout, task.base.embeddings, task.max_tokens)
-        return least_work(self._bytes(*sizes, self.depth, self.width), "method.width")
+        return least_work(self._training_bytes(*sizes, self.depth, self.width), "method.width")
 
     def start(self, task: Task, rng: np.random.Generator) -> FedAdapterState:
         state = FedAdapterState(
@@ -219,7 +209,7 @@ class FedAdapter(LocalTraining):
         first = Branch(
             depth=self.depth, width=self.width, adapter={}, head=head, exchanges=0, seconds=0.0
         )
-        return replace(state, branches=self._branches(state, first))
+        return replace(state, branches=self._next_branches(state, first))
 
     def round(self, state: FedAdapterState, fleet: Fleet) -> FedAdapterState:
         orders = self._orders(state, fleet)
@@ -227,12 +217,12 @@ class FedAdapter(LocalTraining):
         if not (orders or came):
             raise no_block_fits("method.width")
         branches = dict(state.branches)
-        replies = self._of_trial(state, fleet, usable(came, fleet))
+        replies = self._replies_by_branch(state, fleet, usable(came, fleet))
         for name, of_branch in replies.items():
-            branches[name] = _trained(fleet, branches[name], of_branch)
+            branches[name] = _merged_branch(fleet, branches[name], of_branch)
         state = replace(state, round=state.round + 1, branches=branches)
         done = branches[PRESENT].exchanges >= self.trial_rounds
-        return self._concluded(state, fleet) if done else state
+        return self._next_trial(state, fleet) if done else state
 
     def deploy(self, state: FedAdapterState, device: DeviceId | None = None) -> Model:
         """The base with the adapter of the present configuration, the same for all devices."""
@@ -257,7 +247,10 @@ class FedAdapter(LocalTraining):
             if name == PRESENT or branch.has_time(present, self.trial_rounds)
         ]
         sizes, tried = (state.layout, state.embeddings, state.max_tokens), state.branches
-        needed = {name: self._bytes(*sizes, tried[name].depth, tried[name].width) for name in names}
+        needed = {
+            name: self._training_bytes(*sizes, tried[name].depth, tried[name].width)
+            for name in names
+        }
         tuning = tuning_at(self, state.round, state.rounds, state.turns)
         made = {
             name: BranchOrder(
@@ -279,10 +272,10 @@ class FedAdapter(LocalTraining):
             if fitting := [name for name in wanted if needed[name] <= room]:
                 orders[profile.id] = made[fitting[0]]
             else:
-                fleet.note(device=profile.id, left_out="no depth fits its memory")
+                leave_out(fleet, profile.id)
         return orders
 
-    def _bytes(
+    def _training_bytes(
         self, layout: PrunableLayout, embeddings: int, tokens: int, depth: int, width: int
     ) -> int:
         return training_memory_bytes(
@@ -295,7 +288,7 @@ class FedAdapter(LocalTraining):
             first=layout.layers - depth,
         )
 
-    def _of_trial(
+    def _replies_by_branch(
         self, state: FedAdapterState, fleet: Fleet, replies: Sequence[Reply[LoraResult]]
     ) -> dict[str, list[Reply[LoraResult]]]:
         """The replies of this trial, by branch; those of an earlier trial are dropped."""
@@ -319,15 +312,15 @@ class FedAdapter(LocalTraining):
 
     # --- the end of a trial ---
 
-    def _concluded(self, state: FedAdapterState, fleet: Fleet) -> FedAdapterState:
+    def _next_trial(self, state: FedAdapterState, fleet: Fleet) -> FedAdapterState:
         """The next trial, which starts from the branch with the highest accuracy."""
         tried = {name: each for name, each in state.branches.items() if each.exchanges}
-        winner = self._best(fleet, tried) if len(tried) > 1 else PRESENT
+        winner = self._best_branch(fleet, tried) if len(tried) > 1 else PRESENT
         best = replace(state.branches[winner], exchanges=0, seconds=0.0)
         state = replace(state, trial=state.trial + 1)
-        return replace(state, branches=self._branches(state, best))
+        return replace(state, branches=self._next_branches(state, best))
 
-    def _best(self, fleet: Fleet, tried: Mapping[str, Branch]) -> str:
+    def _best_branch(self, fleet: Fleet, tried: Mapping[str, Branch]) -> str:
         """The branch with the highest mean accuracy over the rows of all devices that reply."""
         order = TrialOrder(
             adapters={name: half(branch.adapter) for name, branch in tried.items()},
@@ -348,7 +341,7 @@ class FedAdapter(LocalTraining):
         fleet.note(trial=means, winner=winner, depth=tried[winner].depth, rank=tried[winner].width)
         return winner
 
-    def _branches(self, state: FedAdapterState, best: Branch) -> dict[str, Branch]:
+    def _next_branches(self, state: FedAdapterState, best: Branch) -> dict[str, Branch]:
         """The next branches, from the weights of `best`; without those beyond a limit."""
         # without an adapter, the deeper branch skips depth 1, as in the released code
         deeper = min(state.layout.layers, best.depth + 1 if best.depth else 2)
@@ -367,7 +360,7 @@ class FedAdapter(LocalTraining):
         return found
 
 
-def _trained(fleet: Fleet, branch: Branch, replies: list[Reply[LoraResult]]) -> Branch:
+def _merged_branch(fleet: Fleet, branch: Branch, replies: list[Reply[LoraResult]]) -> Branch:
     """The branch after a round: FedAvg of A and B over its devices."""
     replies = on_todays(replies, adapter=branch.adapter, head=branch.head)
     in_time = [reply.cost.seconds for reply in replies if not reply.late]

@@ -20,6 +20,7 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import single
 from fedspine.lm.received import check_loss
 from fedspine.split.whole_model import (
+    TOY,
     Training,
     WholeModelTraining,
     check_sent,
@@ -31,9 +32,9 @@ from fedspine.split.whole_model import (
     trained_of,
     training_at,
     weights_of,
-    wired,
     with_memory,
 )
+from fedspine.split.wire import weights_wired
 
 
 @message
@@ -64,7 +65,7 @@ class AverageResult:
 def train_and_send(device: Device, order: AverageOrder) -> AverageResult:
     result = train_whole(device, order.weights, order.training)
     return AverageResult(
-        weights=wired(result.weights, order.precision),  # type: ignore[arg-type]
+        weights=weights_wired(result.weights, order.precision),
         loss=result.ended,
         examples=len(device.data),
     )
@@ -88,7 +89,7 @@ class FedAvg(WholeModelTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(steps=8, batch=16, optimiser="adamw", learning_rate=2e-2, rank=4, clip=1.0)
+        return cls(**TOY)
 
     def check(self, task: Task) -> None:
         check_whole(self, task)
@@ -105,7 +106,7 @@ class FedAvg(WholeModelTraining):
     def round(self, state: AverageState, fleet: Fleet) -> AverageState:
         split_model = cutting_of(self, fleet.base).of(fleet.base)
         order = AverageOrder(
-            weights=wired(weights_of(split_model, state.model), self.precision),
+            weights=weights_wired(weights_of(split_model, state.model), self.precision),
             training=training_at(self, fleet.base, state.round, state.rounds),
             precision=self.precision,
         )

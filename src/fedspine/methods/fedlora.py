@@ -28,14 +28,8 @@ from fedspine.lm.received import check_adapter, check_head, check_loss, model_of
 from fedspine.lm.request import TuneResult
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
-from fedspine.pruning.head_start import (
-    HeadWeights,
-    Start,
-    check_head_start,
-    know_classes,
-    started,
-)
+from fedspine.lm.tuning import TOY, LocalTraining, Tuning, check_tuning, tuning_at
+from fedspine.pruning.head_start import HeadWeights, Start, check_head_start, prepared_head
 
 
 @message
@@ -115,7 +109,7 @@ class FedLora(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(rank=4, steps=8, batch=16, learning_rate=2e-2, head_lr_multiplier=1.0)
+        return cls(**TOY, rank=4)
 
     def check(self, task: Task) -> None:
         check_rank("method.rank", (self.rank,), task.base.layout)
@@ -138,10 +132,7 @@ class FedLora(LocalTraining):
         )
 
     def round(self, state: LoraState, fleet: Fleet) -> LoraState:
-        head = state.head
-        if state.round == 0:
-            head = started(self, head, fleet, rows=self.steps * self.batch)
-        know_classes(self, fleet, rows=self.steps * self.batch)
+        head = prepared_head(self, state, fleet)
         order = LoraOrder(
             adapter=half(state.adapter),
             head=half(head),

@@ -23,7 +23,13 @@ from fedspine.core.task import Task
 from fedspine.core.tensors import half
 from fedspine.lm.base import Model
 from fedspine.lm.cost import training_memory_bytes
-from fedspine.lm.forecast import USABLE_MEMORY, depth_traffic, least_work, no_block_fits
+from fedspine.lm.forecast import (
+    USABLE_MEMORY,
+    depth_traffic,
+    least_work,
+    leave_out,
+    no_block_fits,
+)
 from fedspine.lm.lora import check_least_depth, check_rank, fresh, on_blocks
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import model_of
@@ -31,7 +37,7 @@ from fedspine.lm.replies import average_replies
 from fedspine.lm.stored import Quantised, bits_each
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraResult, lora_result
 from fedspine.methods.legend import DepthOrder, LegendState
 
@@ -94,13 +100,7 @@ class FedQuad(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            rank=4,
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY, rank=4)
 
     def check(self, task: Task) -> None:
         check_ranges(self, {"coverage": (0, 1), "discount": (0, 1)})
@@ -113,7 +113,9 @@ class FedQuad(LocalTraining):
     def least_work(self, task: Task) -> LeastWork:
         """One block, with what may be quantised of it."""
         sizes = (task.base.layout, task.base.embeddings, task.max_tokens)
-        return least_work(min(self._bytes(*sizes, 1, blocks) for blocks in self._allowed(1)))
+        return least_work(
+            min(self._training_bytes(*sizes, 1, blocks) for blocks in self._allowed(1))
+        )
 
     def start(self, task: Task, rng: np.random.Generator) -> FedQuadState:
         layout = task.base.layout
@@ -131,7 +133,7 @@ class FedQuad(LocalTraining):
         )
 
     def round(self, state: FedQuadState, fleet: Fleet) -> FedQuadState:
-        hosted = self._hosted(state, fleet)
+        hosted = self._quantised_by_depth(state, fleet)
         plan = self._plan(state, {id: len(counts) for id, counts in hosted.items()})
         orders = {
             id: self._order(state, depth, hosted[id][depth - 1])
@@ -158,7 +160,7 @@ class FedQuad(LocalTraining):
             round=state.round + 1,
             adapter=average_replies(fleet, state.layout, state.adapter, replies),
             **merged(replies, fleet, head=state.head),
-            times=state.times | {r.device: self._timed(state, r) for r in replies},
+            times=state.times | {r.device: self._times_after(state, r) for r in replies},
             depths=state.depths | depths,
         )
 
@@ -173,13 +175,15 @@ class FedQuad(LocalTraining):
 
     # --- depths, and the blocks quantised for them ---
 
-    def _hosted(self, state: FedQuadState, fleet: Fleet) -> dict[DeviceId, tuple[int, ...]]:
+    def _quantised_by_depth(
+        self, state: FedQuadState, fleet: Fleet
+    ) -> dict[DeviceId, tuple[int, ...]]:
         """For each device, the number of blocks to quantise at depth 1, 2, ... up to the depth that
         fits its memory; a device that fits none is noted and left out.
         """
         layers, sizes = state.layout.layers, (state.layout, state.embeddings, state.max_tokens)
         needed = {
-            (depth, quantised): self._bytes(*sizes, depth, quantised)
+            (depth, quantised): self._training_bytes(*sizes, depth, quantised)
             for depth in range(1, layers + 1)
             for quantised in self._allowed(depth)
         }
@@ -195,7 +199,7 @@ class FedQuad(LocalTraining):
             if counts:
                 found[profile.id] = tuple(counts)
             else:
-                fleet.note(device=profile.id, left_out="no depth fits its memory")
+                leave_out(fleet, profile.id)
         return found
 
     def _allowed(self, depth: int) -> range:
@@ -208,7 +212,7 @@ class FedQuad(LocalTraining):
             case "as_needed":
                 return range(depth + 1)
 
-    def _bytes(
+    def _training_bytes(
         self, layout: PrunableLayout, embeddings: int, tokens: int, depth: int, quantised: int
     ) -> int:
         return training_memory_bytes(
@@ -236,7 +240,7 @@ class FedQuad(LocalTraining):
         )
         return planner.plan(state.times, state.depths, most)
 
-    def _timed(self, state: FedQuadState, reply: Reply[LoraResult]) -> np.ndarray:
+    def _times_after(self, state: FedQuadState, reply: Reply[LoraResult]) -> np.ndarray:
         return timed(
             state.times.get(reply.device),
             reply.cost,

@@ -36,7 +36,7 @@ from fedspine.lm.lora import adapter_rank, check_rank, fresh
 from fedspine.lm.merge import RankMerging, change, line_energy, merge, no_change, share
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.structure import Structure, StructureKind, check_target, full, sparsity
-from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, check_tuning, tuning_at
 from fedspine.pruning.device import (
     SpineOrder,
     SpineResult,
@@ -93,15 +93,7 @@ class FedSpine(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        shared = {
-            "steps": 8,
-            "batch": 16,
-            "learning_rate": 2e-2,
-            "head_lr_multiplier": 1.0,
-            "warmup": 0.1,
-            "until": 0.6,
-        }
-        return cls(ranks=(2, 4, 8), **shared)
+        return cls(**TOY, ranks=(2, 4, 8), warmup=0.1, until=0.6)
 
     def check(self, task: Task) -> None:
         check_ranges(self, {"sparsity": (0, 0.95), "most_per_round": (1e-3, 1)})
@@ -147,7 +139,7 @@ class FedSpine(LocalTraining):
                 "or task.max_tokens"
             )
         replies = on_todays(usable(came, fleet), head=state.head)
-        return self._merged(state, fleet, plans, replies)
+        return self._state_after(state, fleet, plans, replies)
 
     def deploy(self, state: SpineState, device: DeviceId | None = None) -> Model:
         """The device's own structure with the common adapter; for None the global model, pruned by
@@ -191,13 +183,13 @@ class FedSpine(LocalTraining):
         """
         turns = {}
         for number, profile in enumerate(fleet.devices):
-            if ranks := self._affordable(state, profile):
+            if ranks := self._affordable_ranks(state, profile):
                 turns[profile.id] = self._turn(state, profile.id, ranks, number)
             else:
                 fleet.note(device=profile.id, left_out="no rank fits its memory")
         return self.controller.plan(turns, state.device_models, self._foresee(state, fleet))
 
-    def _affordable(self, state: SpineState, profile: Profile) -> int:
+    def _affordable_ranks(self, state: SpineState, profile: Profile) -> int:
         """How many of the ranks fit the device's memory while it trains."""
         return ranks_that_fit(
             state.layout,
@@ -293,7 +285,7 @@ class FedSpine(LocalTraining):
 
     # --- what came of them ---
 
-    def _merged(
+    def _state_after(
         self,
         state: SpineState,
         fleet: Fleet,
@@ -317,7 +309,7 @@ class FedSpine(LocalTraining):
             server=fleet.server,
         )
         results = {
-            reply.device: self._result(
+            reply.device: self._plan_result(
                 state,
                 _late_plan(reply.order) if reply.late else plans[reply.device],
                 reply,
@@ -327,7 +319,7 @@ class FedSpine(LocalTraining):
         }
         earned, gain_scale = rewards(results, state.gain_scale)
         for reply in replies:
-            _note(state.layout, fleet, reply, results[reply.device], earned.get(reply.device))
+            _note_reply(state.layout, fleet, reply, results[reply.device], earned.get(reply.device))
         return replace(
             state,
             round=state.round + 1,
@@ -346,7 +338,7 @@ class FedSpine(LocalTraining):
             gain_scale=gain_scale,
         )
 
-    def _result(
+    def _plan_result(
         self, state: SpineState, plan: Plan, reply: Reply[SpineResult], part: Contribution
     ) -> PlanResult:
         """The result of a plan; the size of a change is measured as in section 3.3."""
@@ -377,7 +369,7 @@ def _late_plan(order: SpineOrder) -> Plan:
     return Plan(order.sparsity, adapter_rank(order.adapter), action=None, progress=0.0)
 
 
-def _note(
+def _note_reply(
     layout: PrunableLayout,
     fleet: Fleet,
     reply: Reply[SpineResult],

@@ -31,13 +31,7 @@ from fedspine.pruning.device import (
     SpineResult,
     prune_and_tune,
 )
-from fedspine.pruning.head_start import (
-    HeadWeights,
-    Start,
-    check_head_start,
-    know_classes,
-    started,
-)
+from fedspine.pruning.head_start import HeadWeights, Start, check_head_start, prepared_head
 
 
 @message
@@ -105,10 +99,7 @@ class FedSpinePlus(FedSpine):
             state = replace(
                 state, planned=self._planner(state).plan(state.times, state.depths, most).depths
             )
-        if state.round == 0:
-            rows = self.steps * self.batch
-            state = replace(state, head=started(self, state.head, fleet, rows=rows))
-        know_classes(self, fleet, rows=self.steps * self.batch)
+        state = replace(state, head=prepared_head(self, state, fleet))
         return super().round(state, fleet)
 
     def _knows_units(self, state: SpineState, device: DeviceId) -> bool:
@@ -131,14 +122,14 @@ class FedSpinePlus(FedSpine):
 
     # --- depth, of which pruning knows nothing ---
 
-    def _merged(
+    def _state_after(
         self,
         state: SpineState,
         fleet: Fleet,
         plans: dict[DeviceId, Plan],
         replies: Sequence[Reply[SpineResult]],
     ) -> SpineState:
-        after = super()._merged(state, fleet, plans, replies)
+        after = super()._state_after(state, fleet, plans, replies)
         if not isinstance(after, DepthSpineState):
             return after
         times, depths, layers = dict(after.times), dict(after.depths), after.layout.layers

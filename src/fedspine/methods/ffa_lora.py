@@ -27,7 +27,7 @@ from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.received import check_b, check_head, check_loss, check_settings
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, Tuning, check_tuning, tuning_at
 
 
 @message
@@ -68,13 +68,13 @@ def tune_b(device: Device, order: FfaOrder) -> FfaResult:
     layout = device.base.layout
     model = Model(
         structure=full(layout),
-        adapter=_with_a(layout, order.seed, single(order.adapter)),
+        adapter=_whole_adapter(layout, order.seed, single(order.adapter)),
         head=single(order.head),
         scale=order.scale,
     )
     trace = tune(device, model, order.tuning, freeze_a=True)
     return FfaResult(
-        adapter=half(_b_of(trace.model.adapter)),
+        adapter=half(_b_factors(trace.model.adapter)),
         head=half(trace.model.head),
         loss=trace.loss,
         examples=len(device.data),
@@ -105,7 +105,7 @@ class FfaLora(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(rank=4, steps=8, batch=16, learning_rate=2e-2, head_lr_multiplier=1.0)
+        return cls(**TOY, rank=4)
 
     def check(self, task: Task) -> None:
         check_rank("method.rank", (self.rank,), task.base.layout)
@@ -151,7 +151,7 @@ class FfaLora(LocalTraining):
     def deploy(self, state: FfaState, device: DeviceId | None = None) -> Model:
         return Model(
             structure=full(state.layout),
-            adapter=_with_a(state.layout, state.seed, state.adapter),
+            adapter=_whole_adapter(state.layout, state.seed, state.adapter),
             head=state.head,
             scale=self.scale,
         )
@@ -160,7 +160,7 @@ class FfaLora(LocalTraining):
         return self.deploy(state)
 
 
-def _with_a(layout: PrunableLayout, seed: int, b_factors: Tensors) -> Tensors:
+def _whole_adapter(layout: PrunableLayout, seed: int, b_factors: Tensors) -> Tensors:
     """The whole adapter: these B factors, and A factors of the same rank as drawn from the seed."""
     rng, adapter = np.random.default_rng(seed), {}
     for site in layout.sites:
@@ -171,5 +171,5 @@ def _with_a(layout: PrunableLayout, seed: int, b_factors: Tensors) -> Tensors:
     return adapter
 
 
-def _b_of(adapter: Tensors) -> Tensors:
+def _b_factors(adapter: Tensors) -> Tensors:
     return {name: factor for name, factor in adapter.items() if not is_a(name)}

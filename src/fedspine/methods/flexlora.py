@@ -22,7 +22,7 @@ from fedspine.core.tensors import half, single
 from fedspine.lm.aggregate import Contribution, bounded, mean_product
 from fedspine.lm.base import Model
 from fedspine.lm.factoring import factor
-from fedspine.lm.lora import a_name, adapter_rank, b_name, cut_rank
+from fedspine.lm.lora import a_name, adapter_rank, b_name, cut_rank, is_b
 from fedspine.lm.structure import full
 from fedspine.lm.tuning import tuning_at
 from fedspine.lm.unequal_ranks import (
@@ -124,7 +124,4 @@ class FlexLora(UnequalRanks):
 
 def _scaled(adapter: Tensors, by: float) -> Tensors:
     """The adapter with its products multiplied, all of it in B."""
-    return {
-        name: by * factor if name.endswith(".lora_B") else factor
-        for name, factor in adapter.items()
-    }
+    return {name: by * factor if is_b(name) else factor for name, factor in adapter.items()}

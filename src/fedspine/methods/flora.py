@@ -66,7 +66,7 @@ class FloraOrder:
             alone = not self.stacks and self.since == 0
             need(alone, "expected stacks or the whole change, got both")
             tensors_of("change", self.change, _dense_shapes(layout))
-            need(self.merged_rank >= _narrowest(layout), "merged_rank is below the change's")
+            need(self.merged_rank >= _full_rank(layout), "merged_rank is below the change's")
         else:
             got, expected = len(self.stacks), self.round - self.since
             need(got == expected, f"expected stacks of {expected} rounds, got {got}")
@@ -103,7 +103,7 @@ class Merged:
 def merge_and_tune(device: Device, order: FloraOrder) -> LoraResult:
     """Merge the stacks that the device lacks, and train a fresh adapter on the result."""
     layout = device.base.layout
-    now = _merged_on(device, order)
+    now = _merge_stacks(device, order)
     device.memory[MERGED] = now
     model = Model(
         structure=full(layout),
@@ -115,7 +115,7 @@ def merge_and_tune(device: Device, order: FloraOrder) -> LoraResult:
     return lora_result(device, trace, trace.model.adapter)
 
 
-def _merged_on(device: Device, order: FloraOrder) -> Merged:
+def _merge_stacks(device: Device, order: FloraOrder) -> Merged:
     """What the device has merged after this order; the device is charged for the merging."""
     layout = device.base.layout
     before = device.memory.get(MERGED) if order.since else Merged(round=0, rank=0, change={})
@@ -125,7 +125,7 @@ def _merged_on(device: Device, order: FloraOrder) -> Merged:
     for number in order.rounds:
         change = merged_stack(layout, change, order.stacks[number])
         rank += adapter_rank(order.stacks[number])
-    rank = _narrowest(layout) if order.change else min(rank, _narrowest(layout))
+    rank = _full_rank(layout) if order.change else min(rank, _full_rank(layout))
     if order.merged_rank < rank:
         raise ValueError(f"the order says rank {order.merged_rank}, but {rank} is merged then")
     parts = (*order.stacks.values(), order.change)
@@ -197,7 +197,7 @@ class Flora(UnequalRanks):
 
     def predicted_reads(self, base: Any) -> Reads:
         """With the rank of everything merged at the end: the full rank of the weights."""
-        return replace(super().predicted_reads(base), rank=_narrowest(base.layout))
+        return replace(super().predicted_reads(base), rank=_full_rank(base.layout))
 
     def start(self, task: Task, rng: np.random.Generator) -> FloraState:
         return FloraState(
@@ -227,8 +227,8 @@ class Flora(UnequalRanks):
             state,
             round=state.round + 1,
             change=merged_stack(state.layout, state.change, stack),
-            merged_rank=min(state.merged_rank + adapter_rank(stack), _narrowest(state.layout)),
-            stacks=_worth_keeping(state.layout, state.stacks | {str(state.round): stack}),
+            merged_rank=min(state.merged_rank + adapter_rank(stack), _full_rank(state.layout)),
+            stacks=_stacks_to_keep(state.layout, state.stacks | {str(state.round): stack}),
             **merged(replies, fleet, head=state.head),
             versions=known | {reply.device: reply.order.round for reply in replies},
         )
@@ -258,7 +258,7 @@ class Flora(UnequalRanks):
             if (since, rank) not in made:
                 made[since, rank] = FloraOrder(
                     round=state.round,
-                    **_missing(state, since),
+                    **_changes_since(state, since),
                     head=head,
                     rank=rank,
                     scale=self.scale,
@@ -268,7 +268,7 @@ class Flora(UnequalRanks):
         return orders
 
 
-def _missing(state: FloraState, since: int) -> dict[str, Any]:
+def _changes_since(state: FloraState, since: int) -> dict[str, Any]:
     """What a device with the weights of round `since` lacks: the stacks of the rounds from then on,
     or the whole change if that is smaller.
     """
@@ -276,11 +276,11 @@ def _missing(state: FloraState, since: int) -> dict[str, Any]:
     if all(number in state.stacks for number in rounds):
         stacks, rank = {number: state.stacks[number] for number in rounds}, state.merged_rank
         return {"since": since, "stacks": stacks, "change": {}, "merged_rank": rank}
-    widest = _narrowest(state.layout)  # a dense change can be of any rank
+    widest = _full_rank(state.layout)  # a dense change can be of any rank
     return {"since": 0, "stacks": {}, "change": state.change, "merged_rank": widest}
 
 
-def _worth_keeping(layout: PrunableLayout, stacks: Mapping[str, Tensors]) -> dict[str, Tensors]:
+def _stacks_to_keep(layout: PrunableLayout, stacks: Mapping[str, Tensors]) -> dict[str, Tensors]:
     """The stacks of the last rounds, as many as are together no larger than the whole change."""
     kept, left = {}, layout.parameters
     for number in sorted(stacks, key=int, reverse=True):
@@ -291,7 +291,7 @@ def _worth_keeping(layout: PrunableLayout, stacks: Mapping[str, Tensors]) -> dic
     return dict(reversed(kept.items()))
 
 
-def _narrowest(layout: PrunableLayout) -> int:
+def _full_rank(layout: PrunableLayout) -> int:
     """The largest rank that a change of every layer can have."""
     return min(min(site.rows, site.columns) for site in layout.sites)
 

@@ -51,15 +51,9 @@ from fedspine.lm.received import check_adapter, check_head, model_of
 from fedspine.lm.replies import average_replies
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
-from fedspine.lm.tuning import LocalTraining, Tuning, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, Tuning, check_tuning, tuning_at
 from fedspine.methods.fedlora import LoraResult, lora_result
-from fedspine.pruning.head_start import (
-    HeadWeights,
-    Start,
-    check_head_start,
-    know_classes,
-    started,
-)
+from fedspine.pruning.head_start import HeadWeights, Start, check_head_start, prepared_head
 
 
 @message
@@ -149,15 +143,7 @@ class Legend(LocalTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            rank=4,
-            least_depth=1,
-            probe_batches=2,
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-        )
+        return cls(**TOY, rank=4, least_depth=1, probe_batches=2)
 
     def check(self, task: Task) -> None:
         layers = task.base.layout.layers
@@ -182,7 +168,7 @@ class Legend(LocalTraining):
 
     def least_work(self, task: Task) -> LeastWork:
         base = task.base
-        return least_work(self._needed(base.layout, base.embeddings, task.max_tokens)[0])
+        return least_work(self._memory_by_depth(base.layout, base.embeddings, task.max_tokens)[0])
 
     def start(self, task: Task, rng: np.random.Generator) -> LegendState:
         layout = task.base.layout
@@ -204,12 +190,9 @@ class Legend(LocalTraining):
         )
 
     def round(self, state: LegendState, fleet: Fleet) -> LegendState:
-        if state.round == 0:
-            rows = self.steps * self.batch
-            state = replace(state, head=started(self, state.head, fleet, rows=rows))
-        know_classes(self, fleet, rows=self.steps * self.batch)
-        hosted = self._hosted(state, fleet)
-        times, silent = self._probed(state, fleet, hosted)
+        state = replace(state, head=prepared_head(self, state, fleet))
+        hosted = self._largest_depths(state, fleet)
+        times, silent = self._probe_new_devices(state, fleet, hosted)
         state = replace(state, times=times)
         most = {id: depth for id, depth in hosted.items() if id not in silent}
         plan = self._plan(state, most)
@@ -222,7 +205,9 @@ class Legend(LocalTraining):
         times = state.times
         for reply in replies:
             depth = depths[reply.device]
-            times = times | {reply.device: self._timed(state, times, reply, self.steps, depth)}
+            times = times | {
+                reply.device: self._times_after(state, times, reply, self.steps, depth)
+            }
             fleet.note(
                 device=reply.device,
                 depth=depth,
@@ -259,12 +244,12 @@ class Legend(LocalTraining):
 
     # --- depths and ranks ---
 
-    def _hosted(self, state: LegendState, fleet: Fleet) -> dict[DeviceId, int]:
+    def _largest_depths(self, state: LegendState, fleet: Fleet) -> dict[DeviceId, int]:
         """The largest depth in each device's memory; one that hosts none is noted and not asked."""
-        needed = self._needed(state.layout, state.embeddings, state.max_tokens)
+        needed = self._memory_by_depth(state.layout, state.embeddings, state.max_tokens)
         return depths_hosted(fleet, needed)
 
-    def _needed(self, layout: PrunableLayout, embeddings: int, tokens: int) -> list[int]:
+    def _memory_by_depth(self, layout: PrunableLayout, embeddings: int, tokens: int) -> list[int]:
         """Bytes of memory at depths 1, 2, ..."""
         return depth_bytes(
             layout,
@@ -274,7 +259,7 @@ class Legend(LocalTraining):
             tokens=tokens,
         )
 
-    def _probed(
+    def _probe_new_devices(
         self, state: LegendState, fleet: Fleet, most: Mapping[DeviceId, int]
     ) -> tuple[dict[str, np.ndarray], set[DeviceId]]:
         """The times, with those of new devices, which train a few batches at two depths only to
@@ -294,12 +279,12 @@ class Legend(LocalTraining):
                     raise
                 replies = []
             for reply in replies:
-                seen = self._timed(state, times, reply, batches, depths[reply.device])
+                seen = self._times_after(state, times, reply, batches, depths[reply.device])
                 times = times | {reply.device: seen}
             probed = [reply.device for reply in replies]
         return times, set(new) - set(probed)
 
-    def _timed(
+    def _times_after(
         self,
         state: LegendState,
         times: Mapping[str, np.ndarray],
@@ -312,7 +297,7 @@ class Legend(LocalTraining):
             reply.cost,
             depth=depth,
             layers=state.layout.layers,
-            full_bytes=self._bytes(state)[-1],
+            full_bytes=self._traffic_by_depth(state)[-1],
             discount=self.discount,
             work=steps / self.steps,
         )
@@ -322,7 +307,7 @@ class Legend(LocalTraining):
         planner = DepthPlanner(
             rule=self.depth_rule,
             ranks=self._ranks(layers),
-            traffic=self._bytes(state),
+            traffic=self._traffic_by_depth(state),
             least=self.least_depth,
             coverage=self.coverage,
             fixed=self.depth or layers,
@@ -330,7 +315,7 @@ class Legend(LocalTraining):
         )
         return planner.plan(state.times, state.depths, most)
 
-    def _bytes(self, state: LegendState) -> np.ndarray:
+    def _traffic_by_depth(self, state: LegendState) -> np.ndarray:
         """Bytes that a device of each depth sends and receives in a round, [0 to layers]."""
         ranks = self._ranks(state.layout.layers)
         return depth_traffic(state.layout, ranks, state.head, all_down=not self.skip_inactive)

@@ -52,7 +52,7 @@ class ProbeResult:
 @keeps_privacy
 @on_device
 def tune_head(device: Device, order: ProbeOrder) -> ProbeResult:
-    trace = tune(device, _probe(device.base.layout, single(order.head)), order.tuning)
+    trace = tune(device, _probe_model(device.base.layout, single(order.head)), order.tuning)
     return ProbeResult(head=half(trace.model.head), loss=trace.loss, examples=len(device.data))
 
 
@@ -112,11 +112,11 @@ class LinearProbe(HeadTraining):
         )
 
     def deploy(self, state: ProbeState, device: DeviceId | None = None) -> Model:
-        return _probe(state.layout, state.head)
+        return _probe_model(state.layout, state.head)
 
     def unpruned(self, state: ProbeState) -> Model:
         return self.deploy(state)
 
 
-def _probe(layout: PrunableLayout, head: Tensors) -> Model:
+def _probe_model(layout: PrunableLayout, head: Tensors) -> Model:
     return Model(structure=full(layout), adapter={}, head=head, scale=1.0)

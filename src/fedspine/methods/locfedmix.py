@@ -192,7 +192,7 @@ class LocFedMix(SplitTraining):
 
     def start(self, task: Task, rng: np.random.Generator) -> LocFedMixState:
         first = first_state(self, task, rng)
-        decoded = self._cutting(task.base).of(task.base)
+        decoded = self._decoded_cutting(task.base).of(task.base)
         return LocFedMixState(**vars(first), decoder=decoded.start(rng))
 
     def round(self, state: LocFedMixState, fleet: Fleet) -> LocFedMixState:
@@ -211,7 +211,7 @@ class LocFedMix(SplitTraining):
             self.reconstruction and now.client_model
         ):  # a client model that is frozen cannot be helped by reading back
             orders, works = (
-                self._reading(now, state, fleet),
+                self._reading_orders(now, state, fleet),
                 DeviceWork(begin_reading, step_reading, end_reading),
             )
         else:
@@ -236,11 +236,11 @@ class LocFedMix(SplitTraining):
     def unpruned(self, state: LocFedMixState) -> Any:
         return state.model
 
-    def _reading(
+    def _reading_orders(
         self, now: RoundSetup, state: LocFedMixState, fleet: Fleet
     ) -> dict[DeviceId, ReadingOrder]:
         batches = batch_caps(
-            fleet, self._cutting(fleet.base).of(fleet.base), self.batch, state.longest
+            fleet, self._decoded_cutting(fleet.base).of(fleet.base), self.batch, state.longest
         )
         weights = now.client_model | state.decoder
         return {
@@ -252,7 +252,7 @@ class LocFedMix(SplitTraining):
             for device, batch in batches.items()
         }
 
-    def _cutting(self, base: Any) -> DecodedCutting:
+    def _decoded_cutting(self, base: Any) -> DecodedCutting:
         return DecodedCutting(
             cutting=cutting_of(self, base), width=self.decoder_width, weight=self.reconstruction
         )

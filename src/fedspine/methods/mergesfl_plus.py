@@ -74,10 +74,12 @@ class MergeSflPlus(MergeSfl):
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
         if self.labels_stay:
             return self._without_labels()._round_in_u_shape(state, fleet)
-        plan = plan_round(self, state, fleet, optimising=self._optimising)
+        plan = plan_round(self, state, fleet, optimising=self._client_optimising)
         server = server_of(self.merging, plan, rescale=self.rescale)
         result = train(plan, fleet, server, self.steps)
-        return self._after(state, fleet, plan, result, server.finish(self._weights(result)))
+        return self._state_after(
+            state, fleet, plan, result, server.finish(self._averaging_weights(result))
+        )
 
     # --- labels that stay ---
 
@@ -100,7 +102,7 @@ class MergeSflPlus(MergeSfl):
             state,
             fleet,
             labels={**Known.of(state).labels, **alike},
-            optimising=self._optimising,
+            optimising=self._client_optimising,
         )
         now = plan.now
         ending = {
@@ -121,12 +123,12 @@ class MergeSflPlus(MergeSfl):
             gradients=bool(now.client_model),
         )
         result = run_u_shape_round(fleet, orders, self.steps, server, now.seed, plan.control)
-        trained = server.finish() | weighted_mean(result.endings, self._weights(result))
-        return self._after(state, fleet, plan, result, trained)
+        trained = server.finish() | weighted_mean(result.endings, self._averaging_weights(result))
+        return self._state_after(state, fleet, plan, result, trained)
 
     # --- what both forms share ---
 
-    def _after(
+    def _state_after(
         self,
         state: SplitState,
         fleet: Fleet,
@@ -135,18 +137,18 @@ class MergeSflPlus(MergeSfl):
         server_model: Mapping[str, Any],
     ) -> SplitState:
         note_round(fleet, result, plan.labels)
-        client_model = weighted_mean(result.client_models, self._weights(result))
+        client_model = weighted_mean(result.client_models, self._averaging_weights(result))
         model = plan.now.split_model.join(client_model, server_model)
         return next_state(self, plan, state, result, model)
 
-    def _optimising(self, now: RoundSetup, rows: int) -> Optimising:
+    def _client_optimising(self, now: RoundSetup, rows: int) -> Optimising:
         """How a client model is trained with batches of so many rows."""
         share = self.client_lr_multiplier * (
             rows / self.batch if self.lr_scaling == "linear" else 1.0
         )
         return replace(now.optimising, learning_rate=now.optimising.learning_rate * share)
 
-    def _weights(self, result: RoundResult) -> dict[DeviceId, float]:
+    def _averaging_weights(self, result: RoundResult) -> dict[DeviceId, float]:
         """How much each client model counts: by the labels it was trained on (Eq. 17), or all
         alike.
         """

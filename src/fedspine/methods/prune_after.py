@@ -20,6 +20,7 @@ from fedspine.core.task import Task
 from fedspine.lm.base import Model
 from fedspine.lm.importance import Scores, mixed
 from fedspine.lm.importance_sources import Gradient, Magnitude, RandomImportance
+from fedspine.lm.tuning import TOY
 from fedspine.pruning.device import deployed, prune_and_tune
 from fedspine.pruning.scheduled import (
     PruningState,
@@ -54,9 +55,7 @@ class PruneAfter(ScheduledPruning):
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
         # a model so small does not survive more without recovery
-        return cls(
-            sparsity=0.15, rank=4, steps=8, batch=16, learning_rate=2e-2, head_lr_multiplier=1.0
-        )
+        return cls(**TOY, sparsity=0.15, rank=4)
 
     def check(self, task: Task) -> None:
         check_pruning(self, task)

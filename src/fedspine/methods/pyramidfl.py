@@ -32,7 +32,9 @@ from fedspine.core.reads import largest_share
 from fedspine.core.task import Task
 from fedspine.core.tensors import single
 from fedspine.lm.received import check_loss, check_settings
+from fedspine.split.received import as_sent
 from fedspine.split.whole_model import (
+    TOY,
     LocalResult,
     Training,
     WholeModelTraining,
@@ -44,9 +46,9 @@ from fedspine.split.whole_model import (
     train_whole,
     training_at,
     weights_of,
-    wired,
     with_memory,
 )
+from fedspine.split.wire import weights_wired
 
 MEMORY = 0.9  # what an old time still counts after a new one
 CHOICE = 1  # the purpose of a random stream
@@ -80,7 +82,7 @@ class PyramidResult:
         check_settings(reward=self.reward, norm=self.norm)
         within("seed", self.seed, 0, 2**31 - 1)
         if (order := asked.order) is not None:
-            dtype = torch.float16 if order.precision == "fp16" else torch.float32
+            dtype = as_sent(order.precision)
             entries = {
                 name: (dtype, (int(kept(self.seed, name, tensor, order.drop).sum()),))
                 for name, tensor in order.weights.items()
@@ -94,10 +96,10 @@ def train_and_thin(device: Device, order: PyramidOrder) -> PyramidResult:
     result = train_whole(device, before, order.training)
     change = {name: result.weights[name] - tensor for name, tensor in before.items()}
     seed = int(device.rng.integers(2**31))
-    root = np.sqrt(_mean_square(device, result))
+    root = np.sqrt(_mean_squared_loss(device, result))
     update = {name: tensor[kept(seed, name, tensor, order.drop)] for name, tensor in change.items()}
     return PyramidResult(
-        update=wired(update, order.precision),  # type: ignore[arg-type]
+        update=weights_wired(update, order.precision),
         seed=seed,
         loss=result.ended,
         reward=len(device.data) * float(root),
@@ -106,7 +108,7 @@ def train_and_thin(device: Device, order: PyramidOrder) -> PyramidResult:
     )
 
 
-def _mean_square(device: Device, result: LocalResult) -> float:
+def _mean_squared_loss(device: Device, result: LocalResult) -> float:
     """Of all rows' losses, with the device's noise; of a root one row could change far more."""
     if not result.losses:  # no label counted
         return 0.0
@@ -170,7 +172,7 @@ class PyramidFL(WholeModelTraining):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(steps=8, batch=16, optimiser="adamw", learning_rate=2e-2, rank=4, clip=1.0)
+        return cls(**TOY)
 
     def check(self, task: Task) -> None:
         check_whole(self, task)
@@ -195,7 +197,7 @@ class PyramidFL(WholeModelTraining):
         split_model = cutting_of(self, fleet.base).of(fleet.base)
         weights = single(weights_of(split_model, state.model))
         able = with_memory(fleet, split_model, self.batch, state.max_tokens)
-        orders = self._orders(state, self._chosen(state, able), weights, fleet.base)
+        orders = self._orders(state, self._chosen_devices(state, able), weights, fleet.base)
         came = fleet.ask(train_and_thin, orders)
         if not (able or came):
             raise no_memory()
@@ -226,7 +228,8 @@ class PyramidFL(WholeModelTraining):
                 {name: tensor + change[name] for name, tensor in weights.items()},
             ),
             seen=state.seen | {reply.device: _seen(reply, state.round + 1) for reply in replies},
-            times=state.times | {reply.device: self._timed(state, reply) for reply in replies},
+            times=state.times
+            | {reply.device: self._times_after(state, reply) for reply in replies},
         )
 
     def deploy(self, state: PyramidState, device: DeviceId | None = None) -> Any:
@@ -237,7 +240,7 @@ class PyramidFL(WholeModelTraining):
 
     # --- who does what ---
 
-    def _chosen(self, state: PyramidState, able: Sequence[Profile]) -> list[Profile]:
+    def _chosen_devices(self, state: PyramidState, able: Sequence[Profile]) -> list[Profile]:
         forecast = Forecast(state.times)
         names = select(
             {device.id: device.examples for device in able},
@@ -272,14 +275,14 @@ class PyramidFL(WholeModelTraining):
                 taken = forecast.work_seconds(device.id) * passes / self.steps
                 steps = steps_with_slack(self.steps, max(seconds) - needed, taken, passes)
             orders[device.id] = PyramidOrder(
-                weights=wired(weights, self.precision),
+                weights=weights_wired(weights, self.precision),
                 training=replace(usual, steps=steps),
                 precision=self.precision,
                 drop=drop,
             )
         return orders
 
-    def _timed(self, state: PyramidState, reply: Reply[PyramidResult]) -> np.ndarray:
+    def _times_after(self, state: PyramidState, reply: Reply[PyramidResult]) -> np.ndarray:
         before, order = state.times.get(reply.device, latency_model.no_evidence()), reply.order
         work, traffic = order.training.steps / self.steps, _traffic(order.drop)
         return latency_model.observe(
@@ -324,13 +327,15 @@ class Forecast:
 
     def seconds(self, device: DeviceId, *, work: float, drop: float) -> float:
         """Of a round of `work` usual rounds' steps; 0 where nothing is known of any device."""
-        return latency_model.predicted(self._of(device), sparsity=1 - work, rank=_traffic(drop))
+        return latency_model.predicted(
+            self._coefficients(device), sparsity=1 - work, rank=_traffic(drop)
+        )
 
     def work_seconds(self, device: DeviceId) -> float:
         """Of a usual round's steps alone."""
-        return float(self._of(device)[0])
+        return float(self._coefficients(device)[0])
 
-    def _of(self, device: DeviceId) -> np.ndarray:
+    def _coefficients(self, device: DeviceId) -> np.ndarray:
         return latency_model.coefficients(
             self._times.get(device, latency_model.no_evidence()), self._fleet
         )

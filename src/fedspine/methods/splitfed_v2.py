@@ -40,7 +40,7 @@ class SplitFedV2(ComposedTraining):
         return composed_state(self, first_state(self, task, rng), task)
 
     def round(self, state: SplitState, fleet: Fleet) -> SplitState:
-        return composed_round(self, state, fleet, _server)
+        return composed_round(self, state, fleet, _server_step)
 
     def deploy(self, state: SplitState, device: DeviceId | None = None) -> Any:
         return deployed(self, state)
@@ -49,5 +49,5 @@ class SplitFedV2(ComposedTraining):
         return deployed(self, state)
 
 
-def _server(plan: RoundPlan) -> InTurn:
+def _server_step(plan: RoundPlan) -> InTurn:
     return InTurn(**plan.server_arguments)

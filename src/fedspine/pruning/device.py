@@ -136,7 +136,7 @@ class DepthSpineOrder(SpineOrder):
         need(tells or not self.lowest, "gradients tell nothing of blocks that are not trained")
 
 
-def _lowest(order: SpineOrder | None) -> int:
+def _lowest_block(order: SpineOrder | None) -> int:
     """The first block that an order trains."""
     return order.lowest if isinstance(order, DepthSpineOrder) else 0
 
@@ -190,7 +190,7 @@ class SpineResult:
             check_loss(self.loss_before, "loss_before")
         check_head(self.head, asked)
         kept, rank = self.structure, rank_in(self.adapter if order is None else order.adapter)
-        shapes = adapter_shapes(layout, rank, kept, lowest=_lowest(order))
+        shapes = adapter_shapes(layout, rank, kept, lowest=_lowest_block(order))
         tensors_of("adapter", self.adapter, shapes)
         for name in ("heads", "channels"):
             dropped = ~getattr(kept, name)
@@ -228,15 +228,15 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
         )
     adapter = cut_adapter(single(order.adapter), layout.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
-    taught = None if is_full(kept) else _taught(device, order)
-    lowest = _lowest(order)
+    taught = None if is_full(kept) else _teacher_for(device, order)
+    lowest = _lowest_block(order)
     blocks = tuple(range(lowest, layout.layers)) if lowest else None
     trace = tune_and_score(device, model, order.tuning, order.scoring, known, taught, blocks)
     if isinstance(order, TaughtOrder) and order.teaching.own and is_full(kept):
         device.memory["teacher"] = trace.model
     loss_before = device.memory.get("loss")
     device.memory |= {"kept": kept, "scores": trace.scores}
-    shown = _beside(device, trace.scores or no_scores(layout))
+    shown = _noisy_scores(device, trace.scores or no_scores(layout))
     # what is pruned follows from what has left, and tells no more
     if device.noise is not None and trace.scores is not None:
         device.memory["shown"] = shown
@@ -254,7 +254,7 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
     )
 
 
-def _beside(device: Device, scores: Scores) -> Scores:
+def _noisy_scores(device: Device, scores: Scores) -> Scores:
     """The scores as they may leave: a sum over rows, each of which may be its share of it off."""
     one_row = 1 / max(1, device.rows_used)
 
@@ -264,7 +264,7 @@ def _beside(device: Device, scores: Scores) -> Scores:
     return replace(scores, heads=noisy(scores.heads), channels=noisy(scores.channels))
 
 
-def _taught(device: Device, order: SpineOrder) -> Taught | None:
+def _teacher_for(device: Device, order: SpineOrder) -> Taught | None:
     """The teacher that an order asks for: the unpruned base with the adapter and the head that the
     device trained before it pruned, or with what came of them, or alone.
     """

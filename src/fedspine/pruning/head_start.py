@@ -77,6 +77,15 @@ class HeadStart(Protocol):
 
     head_start: Start  # "auto": class means where the head can start from them
     head_weights: HeadWeights  # by what devices count in the classifier: rows, or rows of its class
+    steps: int
+    batch: int
+
+
+class HeadState(Protocol):
+    """What a state says of the head."""
+
+    round: int
+    head: Tensors
 
 
 def check_head_start(fields: HeadStart, task: Task) -> None:
@@ -112,6 +121,16 @@ def _check_labels(task: Task) -> None:
         )
 
 
+def prepared_head(fields: HeadStart, state: HeadState, fleet: Fleet) -> Tensors:
+    """The head that a round begins with, after what `started` and `know_classes` ask of devices, of
+    as many rows as they train on in it.
+    """
+    rows = fields.steps * fields.batch
+    head = started(fields, state.head, fleet, rows=rows) if state.round == 0 else state.head
+    know_classes(fields, fleet, rows=rows)
+    return head
+
+
 def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Tensors:
     """The head that the first round begins with: `head` itself, or the one of the devices' class
     means.
@@ -121,7 +140,7 @@ def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Ten
     orders = {profile.id: MeansOrder(rows=rows) for profile in fleet.devices}
     replies = fleet.ask(class_means, orders)
     if fields.head_weights == "labels":
-        _know(fleet, replies)
+        _remember_class_shares(fleet, replies)
     if len(replies) < fleet.aggregation.fewest(len(replies)):
         return head
     shares = bounded(
@@ -132,7 +151,7 @@ def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Ten
     )
     return head_of(
         head,
-        [_shortened(reply, share) for reply, share in zip(replies, shares, strict=True)],
+        [_shortened_reply(reply, share) for reply, share in zip(replies, shares, strict=True)],
         fleet.aggregation,
     )
 
@@ -148,21 +167,22 @@ def know_classes(fields: HeadStart, fleet: Fleet, *, rows: int) -> None:
         return
     new = [each.id for each in fleet.devices if each.id not in fleet.server.row_shares]
     if new:
-        _know(fleet, fleet.ask(class_means, dict.fromkeys(new, MeansOrder(rows=rows))))
+        _remember_class_shares(
+            fleet, fleet.ask(class_means, dict.fromkeys(new, MeansOrder(rows=rows)))
+        )
 
 
-def _know(fleet: Fleet, replies: Sequence[Reply[ClassMeans]]) -> None:
+def _remember_class_shares(fleet: Fleet, replies: Sequence[Reply[ClassMeans]]) -> None:
     (layer,) = fleet.base.head
-    names = [f"{layer.path}.weight"] + ([] if layer.bias is None else [f"{layer.path}.bias"])
     found = {}
     for reply in replies:
         counts = reply.value.counts.float()
         shares = counts / counts.sum() if counts.any() else torch.ones_like(counts) / len(counts)
-        found[reply.device] = dict.fromkeys(names, shares)
+        found[reply.device] = dict.fromkeys(layer.tensors, shares)
     fleet.server.row_shares = fleet.server.row_shares | found
 
 
-def _shortened(reply: Reply[ClassMeans], share: float) -> Reply[ClassMeans]:
+def _shortened_reply(reply: Reply[ClassMeans], share: float) -> Reply[ClassMeans]:
     if share == 1:
         return reply
     means = {name: share * mean for name, mean in single(reply.value.means).items()}
@@ -176,16 +196,16 @@ def _reads_the_mean(head: Tensors) -> bool:
     return len(head) == 2
 
 
-def _charged(device: Device, order: MeansOrder) -> ClassMeans:
+def _priced_means(device: Device, order: MeansOrder) -> ClassMeans:
     """What class means cost, and means of no row."""
     data = device.data.take(np.arange(min(order.rows, len(device.data))))
-    _charge(device, [(rows, data.width(rows)) for rows in data.batches_by_length(BATCH)])
+    _charge_pass(device, [(rows, data.width(rows)) for rows in data.batches_by_length(BATCH)])
     classes, width = device.base.head[0].weight.shape
     means = {"means": torch.zeros(classes, width)}
     return ClassMeans(means=half(means), counts=torch.zeros(classes, dtype=torch.int64))
 
 
-def _charge(device: Device, batches: Sequence[tuple[np.ndarray, int]]) -> None:
+def _charge_pass(device: Device, batches: Sequence[tuple[np.ndarray, int]]) -> None:
     """One forward pass over these batches of rows, each padded to a width."""
     extent = Extent(
         tokens=sum(len(rows) * width for rows, width in batches),
@@ -198,7 +218,7 @@ def _charge(device: Device, batches: Sequence[tuple[np.ndarray, int]]) -> None:
     )
 
 
-@priced_by(_charged)
+@priced_by(_priced_means)
 @on_device
 def class_means(device: Device, order: MeansOrder) -> ClassMeans:
     base, chosen = device.base, device.rng.permutation(len(device.data))[: order.rows]
@@ -215,7 +235,7 @@ def class_means(device: Device, order: MeansOrder) -> ClassMeans:
         sums.index_add_(0, labels, found)
         squares += float(found.square().sum())
         counts += torch.bincount(labels, minlength=classes)
-    _charge(device, batches)
+    _charge_pass(device, batches)
     reported, rows = device.counts_beside(counts), len(chosen)
     spread = max(0.0, squares / rows - float((sums.sum(0) / rows).square().sum())) / width
     each = counts.clamp_min(1)[:, None]
@@ -229,12 +249,7 @@ def features(base: Base, inputs: Tensors) -> Float[Tensor, "rows width"]:
     """What the linear layer of the frozen base's readout is given of each row, fp32: the mean over
     the tokens of what enters it, where it reads every token.
     """
-    head = {
-        f"{layer.path}.{name}": tensor
-        for layer in base.head
-        for name, tensor in (("weight", layer.weight), ("bias", layer.bias))
-        if tensor is not None
-    }
+    head = {name: tensor for layer in base.head for name, tensor in layer.tensors.items()}
     model = Model(structure=full(base.layout), adapter={}, head=head, scale=1.0)
     seen: list[Tensor] = []
     with torch.inference_mode():

@@ -36,7 +36,7 @@ from fedspine.lm.structure import (
     full,
     sparsity,
 )
-from fedspine.lm.tuning import LocalTraining, check_tuning, tuning_at
+from fedspine.lm.tuning import TOY, LocalTraining, check_tuning, tuning_at
 from fedspine.pruning.device import (
     SpineOrder,
     SpineResult,
@@ -70,15 +70,7 @@ class CubicPruning(ScheduledPruning):
     @classmethod
     def toy(cls) -> Self:
         """Settings with which a tiny model learns a toy task in a few rounds."""
-        return cls(
-            rank=4,
-            steps=8,
-            batch=16,
-            learning_rate=2e-2,
-            head_lr_multiplier=1.0,
-            warmup=0.1,
-            until=0.6,
-        )
+        return cls(**TOY, rank=4, warmup=0.1, until=0.6)
 
 
 @message

@@ -9,6 +9,7 @@ from fedspine.report.drawing import (
     FEW_ROUNDS,
     INK,
     Axes,
+    Figure,
     Panel,
     blank,
     byte_ticks,
@@ -135,10 +136,7 @@ def _sparsity(rows: RunRows) -> Panel | None:
     # no figure for a method that does not prune
     if not any(band.high.any() for band in found.values()):
         return None
-    figure, axes = blank()
-    _draw_bands(axes, found)
-    axes.set(xlabel="round", ylabel="sparsity")
-    axes.set_ylim(bottom=0)
+    figure, axes = _band_figure(found, "sparsity")
     percent_ticks(axes)
     caption = (
         "Share of prunable parameters removed: the line is the mean of the class's devices in that "
@@ -152,10 +150,7 @@ def _rank(rows: RunRows) -> Panel | None:
     # a single rank is a number for the table
     if len({value for band in found.values() for value in (*band.low, *band.high)}) < 2:
         return None
-    figure, axes = blank()
-    _draw_bands(axes, found)
-    axes.set(xlabel="round", ylabel="LoRA rank")
-    axes.set_ylim(bottom=0)
+    figure, axes = _band_figure(found, "LoRA rank")
     count_ticks(axes.yaxis)
     caption = (
         "LoRA rank that devices trained with: the line is the class's mean in that round, "
@@ -264,10 +259,15 @@ def class_colours(names: Iterable[str]) -> dict[str, str]:
     return {name: CLASS_COLOURS.get(name) or cycled[name] for name in names}
 
 
-def _draw_bands(axes: Axes, found: Mapping[str, Band]) -> None:
+def _band_figure(found: Mapping[str, Band], label: str) -> tuple[Figure, Axes]:
+    """A band and its mean for each class of devices, over the rounds, from 0 on."""
+    figure, axes = blank()
     for name, colour in class_colours(found).items():
         band = found[name]
         axes.fill_between(band.rounds, band.low, band.high, color=colour, alpha=0.12, linewidth=0)
         axes.plot(band.rounds, band.mean, color=colour, label=name, marker=marker(band.rounds))
     round_ticks(axes, [number for band in found.values() for number in band.rounds])
     legend(axes)
+    axes.set(xlabel="round", ylabel=label)
+    axes.set_ylim(bottom=0)
+    return figure, axes

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pydantic
 
-from fedspine.core.errors import BadInput, listed
+from fedspine.core.errors import BadInput, listed, reason_of
 from fedspine.core.task import TaskKind
 from fedspine.runs.config import Recipe
 from fedspine.storage.store import write_atomically
@@ -247,7 +247,7 @@ def base_of(folder: Path) -> Path:
 
 
 def _damaged(path: Path, why: object) -> BadInput:
-    reason = " ".join(str(why).split())[:160]
+    reason = reason_of(why)
     return BadInput(f"{path} is damaged ({reason}); restore it from a copy, or start a new run")
 
 

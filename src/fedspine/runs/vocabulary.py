@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedspine.core.draws import SeededDraws
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, one_line
 from fedspine.core.fleet import EarlyExchange
 from fedspine.core.message import pack
 from fedspine.core.task import Task
@@ -119,7 +119,7 @@ def _of_text(path: Path, tokenizer: Any, tokens: int) -> np.ndarray:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise BadInput(
             f"task.vocabulary.texts is {str(path)!r}, which cannot be read as a UTF-8 text "
             f'({reason}); name a text file, or "{FLEET}"'

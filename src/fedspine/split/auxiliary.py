@@ -89,7 +89,7 @@ class Decoded:
         values = features.values.float()
         own = moved({name: weights[name] for name in DECODER}, values.device)
         if self._places:
-            read = self._read(own, values)
+            read = self._read_arrays(own, values)
             return functional.mse_loss(read, inputs["inputs"].to(read))
         inside = functional.relu(functional.linear(values, own[INTO], own[INTO_BIAS]))
         read = functional.linear(inside, own[OUT], own[OUT_BIAS])
@@ -99,7 +99,7 @@ class Decoded:
         tokens = features.mask.to(read.device)
         return functional.mse_loss(read[tokens], aim[tokens])
 
-    def _read(self, weights: Tensors, values: Tensor) -> Tensor:
+    def _read_arrays(self, weights: Tensors, values: Tensor) -> Tensor:
         places = len(self._places)
         values = values[
             (..., *[None] * (places + 2 - values.dim()))

@@ -19,13 +19,13 @@ from fedspine.core.fleet import Fleet, NoMemory
 from fedspine.core.message import Tensors, message
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
-from fedspine.core.tensors import average, half
-from fedspine.split.interface import SplitModel
+from fedspine.core.tensors import average
+from fedspine.split.interface import SplitModel, seed_at
 from fedspine.split.messages import Begin, Cutting
 from fedspine.split.protocol import RoundResult
 from fedspine.split.trainable_half import Optimising
 from fedspine.split.training_settings import ModelTraining, check_training, optimising_at
-from fedspine.split.wire import BYTES
+from fedspine.split.wire import BYTES, weights_wired
 
 MODEL_CUT = -1  # of `cut`: where the model says
 
@@ -113,7 +113,7 @@ class RoundSetup:
         """The first order of a device, with the common client model or another."""
         weights = self.client_model if client_model is None else client_model
         return Begin(
-            weights=weights if self.precision == "fp32" else half(weights),
+            weights=weights_wired(weights, self.precision),
             cutting=self.cutting,
             batch=batch,
             optimising=self.optimising,
@@ -122,7 +122,7 @@ class RoundSetup:
 
     def with_ending(self, order: Begin, ending: Tensors) -> Begin:
         """The same order with the last part of the server model, for the U-shape."""
-        sent = ending if self.precision == "fp32" else half(ending)
+        sent = weights_wired(ending, self.precision)
         return replace(order, ending=sent, ending_optimising=self.optimising)
 
 
@@ -136,7 +136,7 @@ def set_up_round(fields: SplitTraining, state: SplitState, fleet: Fleet) -> Roun
         optimising=optimising_at(fields, state.round, state.rounds),
         client_model=client_model,
         server_model=server_model,
-        seed=int(np.random.SeedSequence([state.seed, state.round]).generate_state(1)[0]),
+        seed=seed_at(state.seed, state.round),
         longest=state.longest,
         precision=fields.precision,
     )

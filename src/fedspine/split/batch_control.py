@@ -62,10 +62,12 @@ class BatchControl:
         )
         rows = planned_again(goal, tune=self.tune)
         if done == 1:
-            rows = self._part(rows, SECOND)
+            rows = self._reduced_rows(rows, SECOND)
         batches: list[int | Budget] = rows.tolist()
         if self.room is not None:
-            headers = np.array([_header(progress[device], self.token_bytes) for device in devices])
+            headers = np.array(
+                [_header_bytes(progress[device], self.token_bytes) for device in devices]
+            )
             batches = self._budgets(
                 rows, goal.seconds(rows).max(), found, headers, self.room[places]
             )
@@ -73,16 +75,16 @@ class BatchControl:
             device: Resized(
                 step=steps[device],
                 batch=batch,
-                optimising=self._changed(progress[device].batch, own),
+                optimising=self._new_optimising(progress[device].batch, own),
             )
             for device, batch, own in zip(devices, batches, rows.tolist(), strict=True)
         }
 
     def first(self, rows: Int[np.ndarray, " devices"]) -> Int[np.ndarray, " devices"]:
         """The first batches of a round for which these are planned."""
-        return self._part(rows, FIRST)
+        return self._reduced_rows(rows, FIRST)
 
-    def _part(self, rows: np.ndarray, divisor: int) -> np.ndarray:
+    def _reduced_rows(self, rows: np.ndarray, divisor: int) -> np.ndarray:
         return np.maximum(rows // divisor, 1) if self.steps >= PROBED else rows
 
     def _budgets(
@@ -103,14 +105,14 @@ class BatchControl:
             Budget(tokens=int(own), rows=int(most)) for own, most in zip(tokens, room, strict=True)
         ]
 
-    def _changed(self, before: int, now: int) -> Optimising | None:
+    def _new_optimising(self, before: int, now: int) -> Optimising | None:
         """How client models are trained from now on; None where that does not change."""
         optimising = self.optimising(now)
         same = optimising.learning_rate == self.optimising(before).learning_rate
         return None if same else optimising
 
 
-def _header(progress: Progress, token_bytes: float) -> float:
+def _header_bytes(progress: Progress, token_bytes: float) -> float:
     """Bytes of an exchange both ways that are no features: the mean of the exchanges so far.
 
     An exchange sends the gradient of one batch and the features of the next; the first one no

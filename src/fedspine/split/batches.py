@@ -107,12 +107,12 @@ def rows_from(there: int, batch: int, seed: int, taken: int) -> np.ndarray:
         return np.empty(0, np.int64)
     first, last = taken // there, (taken + batch - 1) // there
     start = taken - first * there
-    return np.concatenate([_pass(there, seed, number) for number in range(first, last + 1)])[
+    return np.concatenate([_pass_order(there, seed, number) for number in range(first, last + 1)])[
         start : start + batch
     ]
 
 
 @lru_cache(maxsize=256)  # a round asks for many batches of the same few passes
-def _pass(there: int, seed: int, number: int) -> np.ndarray:
+def _pass_order(there: int, seed: int, number: int) -> np.ndarray:
     """All rows in the order of one pass."""
     return np.random.default_rng([seed, number]).permutation(there)

@@ -73,12 +73,12 @@ class Known:
 
     @classmethod
     def of(cls, state: SplitState) -> "Known":
-        kept = _names(cls) & _names(type(state))
+        kept = _field_names(cls) & _field_names(type(state))
         return cls(**{name: getattr(state, name) for name in kept})
 
     def put_into(self, state: S) -> S:
         """The state with its own fields set from this."""
-        kept = _names(Known) & _names(type(state))
+        kept = _field_names(Known) & _field_names(type(state))
         return replace(state, **{name: getattr(self, name) for name in kept})
 
 
@@ -140,5 +140,5 @@ def check_composed(method: ComposedTraining, task: Task) -> None:
     )
 
 
-def _names(cls: type) -> set[str]:
+def _field_names(cls: type) -> set[str]:
     return {each.name for each in fields(cls)}

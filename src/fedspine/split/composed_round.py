@@ -141,21 +141,21 @@ def plan_round(
     own = {} if labels is None else labels
 
     def of_rows(rows: int) -> Optimising:
-        return _usual(method, now, rows) if optimising is None else optimising(now, rows)
+        return _client_optimising(method, now) if optimising is None else optimising(now, rows)
 
     within = isinstance(method.batches, WithinRound)
     most = SHORT * method.batch if within else method.batch
     room = batch_caps(fleet, now.split_model, most, state.longest)
     if labels is not None:
-        room = _of_known_labels(room, labels)
-    rows, control = _planned(method, known, own, now, fleet, room, of_rows)
+        room = _with_known_labels(room, labels)
+    rows, control = _plan_batches(method, known, own, now, fleet, room, of_rows)
     return RoundPlan(
         now=now,
         labels=own,
         rows=rows,
         optimising=of_rows,
         control=control,
-        joining=_joining(method, now, known, rows),
+        joining=_late_joining(method, now, known, rows),
         adjustments=_adjustments(method, known, own) if asked else None,
     )
 
@@ -229,7 +229,7 @@ def note_round(fleet: Fleet, result: RoundResult, labels: Labels) -> None:
 # --- the plan ---
 
 
-def _planned(
+def _plan_batches(
     method: ComposedTraining,
     known: Known,
     labels: Labels,
@@ -312,7 +312,7 @@ def _candidates(
             return replace(candidates, cost=np.where(new, candidates.cost.max(), candidates.cost))
 
 
-def _of_known_labels(room: dict[DeviceId, int], labels: Labels) -> dict[DeviceId, int]:
+def _with_known_labels(room: dict[DeviceId, int], labels: Labels) -> dict[DeviceId, int]:
     """The devices whose labels are known; raises AllLost if there are none."""
     able = {device: rows for device, rows in room.items() if device in labels}
     if not able:
@@ -322,7 +322,7 @@ def _of_known_labels(room: dict[DeviceId, int], labels: Labels) -> dict[DeviceId
     return able
 
 
-def _joining(
+def _late_joining(
     method: ComposedTraining, now: RoundSetup, known: Known, rows: Mapping[DeviceId, int]
 ) -> LateJoining | None:
     match method.joining:
@@ -348,7 +348,7 @@ def _adjustments(method: ComposedTraining, known: Known, labels: Labels) -> Logi
             return None
 
 
-def _usual(method: ComposedTraining, now: RoundSetup, rows: int) -> Optimising:
+def _client_optimising(method: ComposedTraining, now: RoundSetup) -> Optimising:
     """The server model's settings, with the learning rate times `client_lr_multiplier`."""
     rate = now.optimising.learning_rate * method.client_lr_multiplier
     return replace(now.optimising, learning_rate=rate)

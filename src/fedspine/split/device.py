@@ -21,9 +21,9 @@ from torch import Tensor
 from fedspine.core.checks import Unusable, need
 from fedspine.core.device import Device, on_device
 from fedspine.core.message import Tensors, message
-from fedspine.core.tensors import half, single
+from fedspine.core.tensors import single
 from fedspine.split.batches import drawn
-from fedspine.split.interface import Features, SplitModel
+from fedspine.split.interface import Features, SplitModel, seed_at
 from fedspine.split.messages import Answer, Answered, Begin, Ended, Forwarded, Resized, Step
 from fedspine.split.trainable_half import TrainableHalf
 from fedspine.split.wire import (
@@ -32,6 +32,7 @@ from fedspine.split.wire import (
     gradient_wired,
     labels_wired,
     unwired,
+    weights_wired,
     wired,
 )
 
@@ -84,7 +85,7 @@ def step(device: Device, order: Step) -> Forwarded:
 @on_device
 def resize(device: Device, order: Resized) -> Forwarded:
     active = resumed(device, None)
-    _apply(device, active, order.step)
+    _apply_gradient(device, active, order.step)
     held, client_model = active.held, active.client_model
     optimising = order.optimising or held.order.optimising
     if order.optimising is not None:
@@ -92,7 +93,7 @@ def resize(device: Device, order: Resized) -> Forwarded:
             client_model.now(), optimising, active.split_model.statistics, client_model.moments()
         )
     held = replace(held, order=replace(held.order, batch=order.batch, optimising=optimising))
-    return _forward(device, active.split_model, _next(device, held), client_model, None)
+    return _forward(device, active.split_model, _next_batch(device, held), client_model, None)
 
 
 @on_device
@@ -113,11 +114,11 @@ def answer(device: Device, order: Answer) -> Answered:
         active.split_model.statistics,
         held.ending_moments,
     )
-    arrived = _arrived(order.features, active.features)
+    arrived = _arrived_features(order.features, active.features)
     values = arrived.values.requires_grad_()
     entered = Features(values=values, mask=arrived.mask)
     losses = active.split_model.ending_forward(
-        ending.weights, entered, active.labels, seed=_drawing(held)
+        ending.weights, entered, active.labels, seed=_dropout_seed(held)
     )
     # the server weighs all labels alike, so it gets the sum's gradient; the own part learns from
     # the own mean
@@ -159,9 +160,13 @@ def begun(device: Device, order: Begin, local_loss: LocalLoss | None = None) -> 
 def stepped(device: Device, order: Step, local_loss: LocalLoss | None = None) -> Forwarded:
     """Do what `step` does."""
     active = resumed(device, local_loss)
-    _apply(device, active, order)
+    _apply_gradient(device, active, order)
     return _forward(
-        device, active.split_model, _next(device, active.held), active.client_model, local_loss
+        device,
+        active.split_model,
+        _next_batch(device, active.held),
+        active.client_model,
+        local_loss,
     )
 
 
@@ -169,12 +174,12 @@ def ended(device: Device, order: Step, local_loss: LocalLoss | None = None) -> E
     """Do what `end` does."""
     active = resumed(device, local_loss)
     device.uses(active.held.rows)
-    _apply(device, active, order)
+    _apply_gradient(device, active, order)
     del device.memory[HELD]
-    send = _as_sent(_precision(active.held))
-    ending = active.held.ending
+    precision, ending = _precision(active.held), active.held.ending
     return Ended(
-        weights=send(active.client_model.now()), ending=None if ending is None else send(ending)
+        weights=weights_wired(active.client_model.now(), precision),
+        ending=None if ending is None else weights_wired(ending, precision),
     )
 
 
@@ -190,7 +195,7 @@ def resumed(device: Device, local_loss: LocalLoss | None) -> ActiveBatch:
         held.weights, held.order.optimising, split_model.statistics, held.moments
     )
     # statistics have seen this batch before
-    return _active(
+    return _compute_batch(
         device, split_model, held, client_model, client_model.without_statistics(), local_loss
     )
 
@@ -204,7 +209,9 @@ def _forward(
 ) -> Forwarded:
     """The next batch's features, remembered together with the state that gave them."""
     device.uses(held.rows)
-    active = _active(device, split_model, held, client_model, client_model.weights, local_loss)
+    active = _compute_batch(
+        device, split_model, held, client_model, client_model.weights, local_loss
+    )
     _remember(device, active)
     rows, tokens = len(active.features), _tokens(active.features)
     device.spend(
@@ -216,7 +223,7 @@ def _forward(
     return Forwarded(features=wired(active.features, _precision(held)), labels=labels)
 
 
-def _active(
+def _compute_batch(
     device: Device,
     split_model: SplitModel,
     held: Held,
@@ -225,16 +232,16 @@ def _active(
     local_loss: LocalLoss | None,
 ) -> ActiveBatch:
     inputs = device.data.batch(held.rows)
-    features = split_model.client_forward(weights, inputs, seed=_drawing(held))
+    features = split_model.client_forward(weights, inputs, seed=_dropout_seed(held))
     own = None if local_loss is None else local_loss(weights, features, inputs)
     return ActiveBatch(split_model, held, client_model, features, inputs["labels"], own)
 
 
-def _apply(device: Device, active: ActiveBatch, order: Step) -> None:
+def _apply_gradient(device: Device, active: ActiveBatch, order: Step) -> None:
     """One step of the client model with the gradient that came for the current batch."""
     if order.gradient is not None and active.features.values.requires_grad:
         values = active.features.values
-        arrived = _arrived(order.gradient, active.features).values.to(values)
+        arrived = _arrived_features(order.gradient, active.features).values.to(values)
         if active.local_loss is None:
             values.backward(arrived)
         else:
@@ -247,7 +254,7 @@ def _apply(device: Device, active: ActiveBatch, order: Step) -> None:
     )
 
 
-def _arrived(sent: Wired, of: Features) -> Features:
+def _arrived_features(sent: Wired, of: Features) -> Features:
     """What came for these features, of their rows and tokens; raises Unusable where it is not."""
     there = len(of.values) if of.mask is None else int(of.mask.sum())
     need(len(sent.values) == there, f"expected {there} rows or tokens, got {len(sent.values)}")
@@ -255,7 +262,7 @@ def _arrived(sent: Wired, of: Features) -> Features:
     return unwired(sent, of.mask)
 
 
-def _next(device: Device, held: Held) -> Held:
+def _next_batch(device: Device, held: Held) -> Held:
     """What is held of the next batch."""
     following = drawn(device.data.lengths, held.order.batch, held.seed, held.taken, held.left)
     return replace(
@@ -277,9 +284,9 @@ def _remember(device: Device, active: ActiveBatch) -> None:
     device.keep(active, max(0, needs("client", rows, tokens) - needs("client", 0, tokens)))
 
 
-def _drawing(held: Held) -> int:
+def _dropout_seed(held: Held) -> int:
     """The seed of the current batch's dropout."""
-    return int(np.random.SeedSequence([held.seed, held.iteration]).generate_state(1)[0])
+    return seed_at(held.seed, held.iteration)
 
 
 def _tokens(features: Features) -> int:
@@ -288,7 +295,3 @@ def _tokens(features: Features) -> int:
 
 def _precision(held: Held) -> WirePrecision:
     return held.order.precision  # type: ignore[return-value]
-
-
-def _as_sent(precision: str) -> Callable[[Tensors], Tensors]:
-    return (lambda weights: weights) if precision == "fp32" else half

@@ -36,6 +36,10 @@ class Features:
         """Of all rows, without padding; 1 for each row of arrays."""
         return len(self) if self.mask is None else int(self.mask.sum())
 
+    def times(self, factor: float) -> "Features":
+        """The same with all values multiplied."""
+        return Features(values=self.values * factor, mask=self.mask)
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -57,6 +61,11 @@ class Losses:
     def labels(self) -> Int[Tensor, ""]:
         """How many labels the mean is over, and at least 1: where none counts, all sums are 0."""
         return self.counted.sum().clamp(min=1)
+
+
+def seed_at(seed: int, number: int) -> int:
+    """The seed of one of the rounds of a run, or of the iterations of a round, that has `seed`."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 def adjusted_losses(

@@ -17,6 +17,7 @@ from fedspine.core.fleet import AllLost, Cost, Fleet, Idle, Reply, none_left
 from fedspine.core.message import Tensors
 from fedspine.core.tensors import single
 from fedspine.split import device as on_devices
+from fedspine.split.interface import seed_at
 from fedspine.split.merged_batch import Part
 from fedspine.split.messages import Begin, Ended, Forwarded, Resized, Step
 from fedspine.split.server import ServerStep, StepResult
@@ -148,7 +149,7 @@ class SplitRound:
 
     def seed_of(self, iteration: int) -> int:
         """What fixes all that the server draws in an iteration."""
-        return int(np.random.SeedSequence([self._seed, iteration]).generate_state(1)[0])
+        return seed_at(self._seed, iteration)
 
     def progress_of(self, devices: Collection[DeviceId]) -> dict[DeviceId, Progress]:
         """What these devices have done so far."""
@@ -272,10 +273,10 @@ class SplitRound:
 
 
 def part_of(reply: Reply[Forwarded]) -> Part:
-    """What the server makes of a device's features."""
-    assert reply.value.labels is not None
+    """What the server makes of a device's features; in the U-shape their labels stay there."""
+    labels = reply.value.labels
     return Part(
         device=reply.device,
         features=unwired(reply.value.features),
-        labels=labels_unwired(reply.value.labels),
+        labels=None if labels is None else labels_unwired(labels),
     )

@@ -36,6 +36,11 @@ class StepResult:
     counted: dict[DeviceId, int] = field(default_factory=dict)  # labels
     left_out: dict[DeviceId, str] = field(default_factory=dict)  # and why
 
+    def add(self, device: DeviceId, gradient: Features | None, loss: float, counted: int) -> None:
+        """The results of one device."""
+        self.gradients[device], self.losses[device] = gradient, loss
+        self.counted[device] = counted
+
 
 class ServerStep(Protocol):
     """A server model under training, for one round."""
@@ -92,7 +97,7 @@ class MergedStep:
                 self._gradients,
                 self._adjustments,
             )
-            found = _by_part(losses, parts)
+            found = _losses_by_part(losses, parts)
             broken = {
                 part.device
                 for part, (loss, _) in zip(parts, found, strict=True)
@@ -105,15 +110,14 @@ class MergedStep:
             parts = [part for part in parts if part.device not in broken]
         if not parts:
             return result
-        gradient = _learnt(self._split_model, losses, values, self._server_model)
+        gradient = _feature_gradient(self._split_model, losses, values, self._server_model)
         self._server_model.step()
         labels = int(losses.labels)
         gradients = per_device(gradient, parts) if self._gradients else [None] * len(parts)
         for part, gradient, (own, counted) in zip(parts, gradients, found, strict=True):
             if gradient is not None and self._rescale:
-                scaled = gradient.values * (labels / max(counted, 1))
-                gradient = Features(values=scaled, mask=gradient.mask)
-            _put(result, part, gradient, own, counted)
+                gradient = gradient.times(labels / max(counted, 1))
+            result.add(part.device, gradient, own, counted)
         return result
 
     def finish(self, weights: Mapping[DeviceId, float]) -> Tensors:
@@ -149,7 +153,7 @@ class InTurn:
             else range(len(parts))
         )
         for i in places:
-            _alone(
+            _step_on_one(
                 self._split_model,
                 self._server_model,
                 parts[i],
@@ -197,7 +201,7 @@ class WeightedStep:
             values, losses = _forward(
                 self._split_model, self._server_model.weights, [part], seed, self._gradients
             )
-            ((loss, counted),) = _by_part(losses, [part])
+            ((loss, counted),) = _losses_by_part(losses, [part])
             if np.isfinite(loss):
                 sound.append((part, values, losses.mean, loss, counted))
             else:
@@ -218,9 +222,8 @@ class WeightedStep:
         for part, values, _, own, counted in sound:
             (gradient,) = per_device(values.grad, [part])
             if gradient is not None:
-                scaled = gradient.values * (whole / self._shares[part.device])
-                gradient = Features(values=scaled, mask=gradient.mask)
-            _put(result, part, gradient, own, counted)
+                gradient = gradient.times(whole / self._shares[part.device])
+            result.add(part.device, gradient, own, counted)
         return result
 
     def finish(self, weights: Mapping[DeviceId, float]) -> Tensors:
@@ -261,7 +264,7 @@ class Copies:
                     self._start, self._optimising, self._split_model.statistics
                 )
             server_model = self._copies[part.device]
-            _alone(
+            _step_on_one(
                 self._split_model,
                 server_model,
                 part,
@@ -305,7 +308,7 @@ def _backward(loss: Tensor, leaves: Sequence[Tensor]) -> None:
         loss.backward()
 
 
-def _learnt(
+def _feature_gradient(
     split_model: SplitModel, losses: Losses, values: Tensor, server_model: TrainableHalf
 ) -> Tensor | None:
     """Give the server model's leaves their gradients; the features' own is returned, None if it is
@@ -327,7 +330,7 @@ def _learnt(
     return values.grad
 
 
-def _by_part(losses: Losses, parts: Sequence[Part]) -> list[tuple[float, int]]:
+def _losses_by_part(losses: Losses, parts: Sequence[Part]) -> list[tuple[float, int]]:
     """Each device's mean loss and its count of labels."""
     sizes = [len(part.features) for part in parts]
     totals = [own.sum() for own in losses.total.detach().split(sizes)]
@@ -337,7 +340,7 @@ def _by_part(losses: Losses, parts: Sequence[Part]) -> list[tuple[float, int]]:
     ]
 
 
-def _alone(
+def _step_on_one(
     split_model: SplitModel,
     server_model: TrainableHalf,
     part: Part,
@@ -351,20 +354,12 @@ def _alone(
     values, losses = _forward(
         split_model, server_model.weights, [part], seed, gradients, adjustments
     )
-    ((loss, counted),) = _by_part(losses, [part])
+    ((loss, counted),) = _losses_by_part(losses, [part])
     if not np.isfinite(loss):
         server_model.forget(before)
         result.left_out[part.device] = "loss is not finite"
         return
-    found = _learnt(split_model, losses, values, server_model)
+    found = _feature_gradient(split_model, losses, values, server_model)
     server_model.step()
     (gradient,) = per_device(found, [part])
-    _put(result, part, gradient, loss, counted)
-
-
-def _put(
-    result: StepResult, part: Part, gradient: Features | None, loss: float, counted: int
-) -> None:
-    result.gradients[part.device] = gradient
-    result.losses[part.device] = loss
-    result.counted[part.device] = counted
+    result.add(part.device, gradient, loss, counted)

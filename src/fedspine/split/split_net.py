@@ -56,8 +56,7 @@ class SplitNet:
         """Fresh weights of the client model and the server model; together the same wherever the
         cut is.
         """
-        weights = self._net.start(rng)
-        return self._of(self._client_model, weights), self._of(self._server_model, weights)
+        return self._split(self._net.start(rng))
 
     def client_forward(self, weights: Tensors, inputs: Tensors, *, seed: int | None) -> Features:
         """The features [rows, channels, ...] of a batch of `Arrays`."""
@@ -107,9 +106,9 @@ class SplitNet:
         self, half: nn.Sequential, weights: Tensors, inputs: Tensor, seed: int | None
     ) -> Tensor:
         half.train(seed is not None)
-        there = self._of(half, weights)
+        there = self._weights_of(half, weights)
         here = moved(there, self._net.device)
-        with _drawing(seed, self._net.device):
+        with _seeded(seed, self._net.device):
             out = functional_call(half, here, (inputs.to(self._net.device),), strict=True)
         if seed is not None:
             for name in self.statistics & there.keys():
@@ -117,7 +116,13 @@ class SplitNet:
                     there[name].copy_(here[name])
         return out
 
-    def _of(self, half: nn.Sequential, weights: Tensors) -> Tensors:
+    def _split(self, weights: Tensors) -> tuple[Tensors, Tensors]:
+        """Those of the client model and those of the server model."""
+        halves = (self._client_model, self._server_model)
+        client_model, server_model = (self._weights_of(half, weights) for half in halves)
+        return client_model, server_model
+
+    def _weights_of(self, half: nn.Sequential, weights: Tensors) -> Tensors:
         """Those of the weights that a half or a part of it computes with."""
         return {name: weights[name] for name in self._names[half]}
 
@@ -127,9 +132,7 @@ class SplitNet:
 
     def parts(self, model: NetModel) -> tuple[Tensors, Tensors]:
         """The client model and the server model of a model that was cut anywhere."""
-        return self._of(self._client_model, model.weights), self._of(
-            self._server_model, model.weights
-        )
+        return self._split(model.weights)
 
     def flops(self, half: str, rows: int, tokens: int = 1) -> float:
         """Operations of convolutions and linear layers, forward and backward; the data itself gets
@@ -182,7 +185,7 @@ def _sequence(blocks: Sequence[tuple[str, nn.Module]]) -> nn.Sequential:
 
 
 @contextmanager
-def _drawing(seed: int | None, device: torch.device) -> Iterator[None]:
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Where what is drawn (dropout) follows from `seed` alone, and torch's own generators are left
     as they were.
     """

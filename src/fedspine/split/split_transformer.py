@@ -63,9 +63,7 @@ class SplitTransformer:
         # the client model has no head, but the skeleton wants one in its place
         self._no_head: Tensors = {}
         for layer in base.head:
-            self._no_head[f"{layer.path}.weight"] = layer.weight
-            if layer.bias is not None:
-                self._no_head[f"{layer.path}.bias"] = layer.bias
+            self._no_head |= layer.tensors
 
     @property
     def statistics(self) -> frozenset[str]:

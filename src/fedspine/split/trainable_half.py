@@ -64,7 +64,7 @@ class TrainableHalf:
         self._clip = optimising.clip
         self._optimiser = _optimiser(list(self._leaves.values()), optimising)
         for key, joined in (moments or {}).items():
-            self._take_up(key, joined)
+            self._restore_moments(key, joined)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -93,7 +93,7 @@ class TrainableHalf:
             return {}
         return {key: torch.cat([state[key].flatten() for state in states]) for key in states[0]}
 
-    def _take_up(self, key: str, joined: Tensor) -> None:
+    def _restore_moments(self, key: str, joined: Tensor) -> None:
         leaves = self._leaves.values()
         scalar = key == "step"  # which AdamW counts for each weight
         for leaf, own in zip(

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fedspine.core.device import DeviceId
-from fedspine.core.fleet import Fleet, Reply
+from fedspine.core.fleet import Fleet
 from fedspine.core.message import Tensors
 from fedspine.split.device import answer, begin, end, step
 from fedspine.split.interface import Features, SplitModel
 from fedspine.split.merged_batch import Part, merged_features, per_device
-from fedspine.split.messages import Answer, Answered, Begin, Forwarded
-from fedspine.split.protocol import Resizing, RoundResult, SplitRound
+from fedspine.split.messages import Answer, Answered, Begin
+from fedspine.split.protocol import Resizing, RoundResult, SplitRound, part_of
 from fedspine.split.server import StepResult
 from fedspine.split.trainable_half import Optimising, TrainableHalf
 from fedspine.split.wire import gradient_wired, unwired
@@ -85,28 +85,15 @@ class MergedMiddle:
         found = per_device(forward_pass.entered.grad, forward_pass.parts)
         for part, own in zip(forward_pass.parts, found, strict=True):
             if part.device in answers:
-                self._put(result, part.device, own, answers[part.device], labels)
+                said = answers[part.device]
+                if own is not None and self._rescale:
+                    own = own.times(labels / max(said.counted, 1))
+                result.add(part.device, own, said.loss, said.counted)
         return result
 
     def finish(self) -> Tensors:
         """The middle at the round's end."""
         return self._middle.now()
-
-    def _put(
-        self,
-        result: StepResult,
-        device: DeviceId,
-        own: Features | None,
-        said: Answered,
-        labels: int,
-    ) -> None:
-        if own is not None and self._rescale:
-            own = Features(values=own.values * (labels / max(said.counted, 1)), mask=own.mask)
-        result.gradients[device], result.losses[device], result.counted[device] = (
-            own,
-            said.loss,
-            said.counted,
-        )
 
 
 def run_u_shape_round(
@@ -121,7 +108,7 @@ def run_u_shape_round(
     current = SplitRound(fleet, orders, seed)
     replies = current.ask(begin, orders)
     for iteration in range(iterations):
-        parts = [_part(reply) for reply in replies]
+        parts = [part_of(reply) for reply in replies]
         forward_pass = server.forward(parts, current.seed_of(iteration))
         answered = current.ask(answer, _answers(forward_pass, orders))
         result = server.step(forward_pass, {reply.device: reply.value for reply in answered})
@@ -129,10 +116,6 @@ def run_u_shape_round(
         if iteration + 1 < iterations:
             replies = current.next_features(step, steps, iteration + 1, resizing)
     return current.finish(end, steps)
-
-
-def _part(reply: Reply[Forwarded]) -> Part:
-    return Part(device=reply.device, features=unwired(reply.value.features), labels=None)
 
 
 def _answers(forward_pass: ForwardPass, orders: Mapping[DeviceId, Begin]) -> dict[DeviceId, Answer]:

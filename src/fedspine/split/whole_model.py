@@ -7,6 +7,7 @@ everything is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ from fedspine.core.message import Tensors, message
 from fedspine.core.noise import MOST_LOSS
 from fedspine.core.reads import Descent, Reads, largest_share, last_steps, lasting
 from fedspine.core.task import Task
-from fedspine.core.tensors import half, moved, single
+from fedspine.core.tensors import moved, single
 from fedspine.split.batches import rows_at
 from fedspine.split.interface import SplitModel
 from fedspine.split.messages import Cutting
@@ -46,6 +47,19 @@ class WholeModelTraining(ModelTraining):
     def predicted_reads(self, base: Any) -> Reads:
         """What a device's orders will read."""
         return replace(training_at(self, base, 0, 1).reads, scale=self.scale, rank=self.rank)
+
+
+# with which a tiny model learns a toy task in a few rounds
+TOY = MappingProxyType(
+    {
+        "rank": 4,
+        "steps": 8,
+        "batch": 16,
+        "optimiser": "adamw",
+        "learning_rate": 2e-2,
+        "clip": 1.0,
+    }
+)
 
 
 @message
@@ -112,7 +126,7 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
         found = split_model.server_forward(under.weights, features, batch["labels"], seed=drawn[1])
         labelled = found.counted > 0
         mean = (found.total[labelled] / found.counted[labelled]).detach()
-        losses.append(_shown(device, mean.cpu().double().numpy()))
+        losses.append(_bounded_losses(device, mean.cpu().double().numpy()))
         if len(losses[-1]):
             counted.append(device.data.texts_of(rows[labelled.cpu().numpy()]))
         sizes.append(len(rows))
@@ -129,11 +143,11 @@ def train_whole(device: Device, weights: Tensors, training: Training) -> LocalRe
         weights=device.released(sent, trained),
         losses=tuple(each for each in losses if len(each)),
         texts=tuple(counted),
-        ended=_ended(device, [float(each.mean()) for each in losses if len(each)], counted),
+        ended=_final_loss(device, [float(each.mean()) for each in losses if len(each)], counted),
     )
 
 
-def _ended(device: Device, losses: Sequence[float], counted: Sequence[np.ndarray]) -> float:
+def _final_loss(device: Device, losses: Sequence[float], counted: Sequence[np.ndarray]) -> float:
     if not losses:
         return 0.0
     last = last_steps(counted, LAST, device.fewest_rows)
@@ -142,7 +156,7 @@ def _ended(device: Device, losses: Sequence[float], counted: Sequence[np.ndarray
     return device.mean_beside(float(np.mean(losses[-last:])), one_row)
 
 
-def _shown(device: Device, losses: np.ndarray) -> np.ndarray:
+def _bounded_losses(device: Device, losses: np.ndarray) -> np.ndarray:
     """Rows' losses as they count in what leaves."""
     if device.noise is None:
         return losses
@@ -217,11 +231,6 @@ def model_of(split_model: SplitModel, like: Any, weights: Tensors) -> Any:
         {name: weights[name] for name in client_model},
         {name: weights[name] for name in server_model},
     )
-
-
-def wired(weights: Tensors, wire: Wire) -> Tensors:
-    """Weights as they are sent."""
-    return half(weights) if wire == "fp16" else weights
 
 
 def check_sent(weights: Tensors, cutting: Cutting, precision: str, asked: Asked) -> None:

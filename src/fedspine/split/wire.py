@@ -1,4 +1,5 @@
-"""Features and their gradients as they cross the wire: without padding, in fp32, fp16 or int8.
+"""Features, their gradients and weights as they cross the wire: without padding, in fp32, fp16 or
+int8.
 
 Section 12 of the MergeSFL reconstruction: the split pays in bytes, so bytes are what this file
 saves. int8 is symmetric with one step per token (per row for arrays); fp16 has one power of two per
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fedspine.core.checks import Asked, Unusable, need, tensor_of
-from fedspine.core.message import message
-from fedspine.core.tensors import extremes
+from fedspine.core.message import Tensors, message
+from fedspine.core.tensors import extremes, half
 from fedspine.split.interface import Features
 
 WirePrecision: TypeAlias = Literal["fp32", "fp16", "int8"]
@@ -90,6 +91,11 @@ def gradient_wired(gradient: Features, precision: WirePrecision) -> Wired:
     """A gradient as it is sent: the device knows which tokens it sent."""
     sent = wired(gradient, precision)
     return Wired(values=sent.values, scale=sent.scale, mask=None)
+
+
+def weights_wired(weights: Tensors, precision: str) -> Tensors:
+    """Weights as they are sent beside features of this precision, or alone: in fp32 or fp16."""
+    return weights if precision == "fp32" else half(weights)
 
 
 def row_bytes(shape: tuple[int, ...], precision: WirePrecision) -> int:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, reason_of
 from fedspine.ui.options import Json
 
 if TYPE_CHECKING:  # keeps `--help` fast
@@ -189,7 +189,7 @@ def _tokenizer(section: Any) -> Any:
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # whatever the library and its network raise
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         raise BadInput(
             f"the tokenizer of model {section.model!r} cannot be loaded ({type(error).__name__}: "
             f"{reason}); "

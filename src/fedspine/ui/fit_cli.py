@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedspine.core.errors import BadInput
 from fedspine.core.process import ends_on_signal
-from fedspine.ui.options import Json
+from fedspine.ui.options import Json, Threads
 
 BYTES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -47,7 +47,7 @@ def fit(
         int | None,
         typer.Option(help="Tokens per row; default: 128, or the model's maximum.", min=1),
     ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    threads: Threads = 1,
     rows: Annotated[
         str | None,
         typer.Option(metavar="DATA", help="Data to score on; default: the run's test rows."),

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedspine.core.errors import BadInput
 from fedspine.core.process import ends_on_signal
-from fedspine.ui.options import Json, ModelFolder, RunFolder, print_table
+from fedspine.ui.options import Json, ModelFolder, RunFolder, Threads, print_table
 
 
 @ends_on_signal()
@@ -213,7 +213,7 @@ def bench(
     tokens: Annotated[
         int | None, typer.Option(help="Tokens per row; default: 128.", min=1, show_default=False)
     ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    threads: Threads = 1,
     rows: Annotated[
         str | None,
         typer.Option(

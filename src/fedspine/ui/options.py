@@ -22,6 +22,7 @@ Reference = Annotated[
     Path | None,
     typer.Option(metavar="RUN", help="Unpruned run of the same data, seed and budget."),
 ]
+Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
 ModelFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder that `fedspine export` made.")
 ]

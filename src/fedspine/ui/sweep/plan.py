@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core import parts
-from fedspine.core.errors import BadInput, unknown
+from fedspine.core.errors import BadInput, one_line, unknown
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS
 from fedspine.data.files import READERS
 from fedspine.methods import find
@@ -106,7 +106,7 @@ def _read(path: Path) -> dict[str, Any]:
             "there is no such file; name the TOML file of a sweep (docs/sweeps.md)"
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"it cannot be read: {' '.join(str(error).split())}") from None
+        raise BadInput(f"it cannot be read: {one_line(error)}") from None
 
 
 # --- the parts of the file ---
