@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from fedspine.control.sparsity import final_counts
 from fedspine.core.aggregation import Mean
 from fedspine.core.checks import Terms
 from fedspine.core.message import pack
@@ -52,6 +53,11 @@ def toy_task(base, tokenizer, *, rounds, kind="classification"):
         max_tokens=MAX_TOKENS,
         rounds=rounds,
     )
+
+
+def reached(layout, target):
+    """The sparsity of whole heads and channels that a target comes to, the same in every layer."""
+    return layout.shape.sparsity(*final_counts(layout.shape, target))
 
 
 class Lab:
