@@ -123,10 +123,10 @@ def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     inputs = inputs_of(before.tokenizer, rows_of("classification", 8), "classification")
     whole, rounded = before.module(**inputs).logits, after.module(**inputs).logits
     # weights and inputs of the 14 products that a row goes through are rounded independently: by
-    # half a unit of 11 bits, or by half a step of 255 over a range of some six deviations
-    share = (FP16 if how == "fp16" else 6 / 255 / 2) * (2 * 14) ** 0.5
+    # half a unit of 11 bits, or by half a step of 255 over a range of eight deviations. The eight
+    # are assumed, with room for other processors: int8 was off by at most 0.014 on one.
+    share = (FP16 if how == "fp16" else 8 / 255 / 2) * (2 * 14) ** 0.5
     apart = (rounded - whole).square().mean().sqrt() / whole.square().mean().sqrt()
-    print("APART", how, float(apart), share)
     assert 0 < apart < share
     size = [(place / "model.onnx").stat().st_size for place in (folder, smaller)]
     # the file is smaller by at least the pruned weights of the blocks

@@ -140,10 +140,10 @@ def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     ids = torch.from_numpy(np.random.default_rng(0).integers(4, 40, (2, 9)))
     whole, rounded = before.module(ids), after.module(ids)
     # weights and inputs of the 13 products that a token goes through are rounded independently: by
-    # half a unit of 11 bits, or by half a step of 255 over a range of some six deviations
-    share = (FP16 if how == "fp16" else 6 / 255 / 2) * (2 * 13) ** 0.5
+    # half a unit of 11 bits, or by half a step of 255 over a range of eight deviations. The eight
+    # are assumed, with room for other processors: int8 was off by at most 0.057 on one.
+    share = (FP16 if how == "fp16" else 8 / 255 / 2) * (2 * 13) ** 0.5
     off = (rounded.logits - whole.logits).square().mean().sqrt() / whole.logits.std()
-    print("APART", how, float(off), share)
     assert 0 < off < share
     half = rounded.past_key_values.layers[0].keys.dtype is torch.float16
     assert half == (how == "fp16")
