@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FP32, TINY, rounding
+from tolerances import FP32, TINY
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from toy import bits, toy_task
@@ -110,9 +110,8 @@ def test_the_adapted_layer_is_autograd_in_fp32(with_bias):
     first = gradients(ours(weight, bias, scale), x, direction, a, b)
     second = gradients(plain(weight, bias, scale), x, direction, a, b)
     for mine, theirs in zip(first, second, strict=True):
-        size = float(theirs.abs().max())
-        # of A and B: 18 rows of sums of 10 and 3 products, of size 51 at most
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=rounding(18 + 10 + 3, size))
+        # fewer sums than in a tiny model
+        torch.testing.assert_close(mine, theirs, rtol=TINY, atol=TINY)
 
 
 def test_the_adapted_layer_is_autograd_in_bf16():
