@@ -68,8 +68,9 @@ def test_one_full_step_everywhere_is_one_step_on_all_rows(lab, task):
     moved = 0.0
     for name, tensor in leaves.items():
         step = 0.5 * tensor.grad
-        # sums forward and back, and eight roundings of a weight in steps and a mean over devices
-        off = 2 * TINY * float(step.abs().max()) + 8 * FP32 * float(tensor.detach().abs().max())
+        # the sums of a gradient, and a weight's eight roundings in a step and a mean over devices,
+        # which come to the root of eight
+        off = TINY * float(step.abs().max()) + 3 * FP32 * float(tensor.detach().abs().max())
         assert torch.allclose(after[name], (tensor - step).detach(), rtol=0, atol=off)
         moved = max(moved, float(tensor.grad.abs().max()))
     assert moved > 1e-3
