@@ -1,5 +1,7 @@
 """S-UCB: it finds the best cell and finds it again, and its tree stays a tiling of the square."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -180,10 +182,9 @@ def test_rewards_are_bounded(gain, scale, progress, importance, lateness):
 
 
 def test_reward_by_hand():
-    # q = (1 + tanh(1)) / 2 = 0.88080 where the gain is twice the scale; (0.88080 + 0.5 + 1) / 3 /
-    # (1 + 0.25)
+    quality = (1 + math.tanh(1)) / 2  # where the gain is twice the scale
     value = reward(gain=0.2, scale=0.099, progress=0.5, importance=1.0, lateness=0.25)
-    assert value == pytest.approx(0.634879, abs=1e-6)
+    assert value == pytest.approx((quality + 0.5 + 1.0) / 3 / (1 + 0.25), rel=1e-12)
 
 
 @pytest.mark.parametrize("bad", ["gain", "scale", "progress", "importance", "lateness"])

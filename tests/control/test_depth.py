@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerances import ridge
 
 from fedspine.control.depth import choose_depths, features, own_ranks, rising_ranks, round_seconds
 from fedspine.control.latency_model import add, coefficients, no_evidence
@@ -115,7 +116,8 @@ def test_times_are_learnt_from_rounds_and_probes() -> None:
     for work, depth in ((0.2, 2), (0.2, 4), (1.0, 3), (1.0, 6)):
         seen = features(work, depth, layers, depth / layers + 0.1)
         evidence = add(evidence, seen, float(seen @ truth), discount=0.8)
-    assert coefficients(evidence, evidence) == pytest.approx(truth, rel=0.02)
+    found = coefficients(evidence, evidence)
+    assert np.linalg.norm(found - truth) <= ridge(evidence, truth)
 
 
 def test_own_ranks_fit_the_link() -> None:

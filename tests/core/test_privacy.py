@@ -44,6 +44,7 @@ def test_epsilon_of_dp_sgd_as_published():
     moments = RdpAccountant(list(accountant.ORDERS))
     moments.compose(accountant._event(release.noise_multiplier, release.rate, release.steps))
     orders, values = np.array(moments._orders), moments._rdp
+    # half a unit of the published digits
     assert min(values + math.log(1e5) / (orders - 1)) == pytest.approx(1.26, abs=0.005)
     assert 0.9 < epsilon_of([release], 1e-5) < 1.26
 
@@ -142,7 +143,8 @@ def test_the_noise_of_an_update_is_twice_the_clip_by_the_multiplier():
     assert deviation == pytest.approx(3.0, rel=5 / math.sqrt(2 * COUNT))
     assert abs(float(released.mean()) - 0.5 / math.sqrt(COUNT)) < 5 * 3 / math.sqrt(COUNT)
     silent = noisy_update(before, after, kept, 0.0)["x"]
-    assert float(silent.norm()) == pytest.approx(0.5, rel=1e-4)
+    # the factor and the products are rounded once each; the norm is taken in fp64
+    assert float(silent.double().norm()) == pytest.approx(0.5, rel=2 * 2**-24)
 
 
 def test_noise_has_the_shape_of_its_tensor():

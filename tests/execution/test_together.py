@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tolerances import TINY
 from toy import Lab, bits, toy_task
 
 from fedspine.core.device import Call, Device, name_of, on_device, serve
@@ -122,6 +123,7 @@ def assert_alike(call, alone, together):
     AdamW divides a gradient by its own size, so rounding of one near zero moves an entry by up to a
     learning rate; what is exact are gradients and the losses of the same weights, which
     `test_gradients_together_are_those_alone` and `test_losses_together_are_those_alone` compare.
+    Rounding was measured to make up 1 % of the change, and rows of another device more than 100 %.
     """
     before, first, second = unpack(call.order).model, unpack(alone.result), unpack(together.result)
     apart, moved = 0.0, 0.0
@@ -181,17 +183,18 @@ def test_gradients_together_are_those_alone(task, decoder, kind):
         single = TrainableStack(task.base, [model])
         loss = losses_of(single.fit(), inputs, 1)
         loss.sum().backward()
-        assert losses[i].item() == pytest.approx(loss.item(), rel=1e-5)
-        apart = size = (
-            0.0  # over all tensors: some have a gradient of zero, of which only rounding is left
-        )
+        assert losses[i].item() == pytest.approx(loss.item(), rel=TINY)
+        # over all tensors: some have a gradient of zero, of which only rounding is left
+        apart = size = 0.0
         for name, leaf in (single.adapter | single.head).items():
             own = (stacked.adapter | stacked.head)[name].grad[i][
                 tuple(slice(size) for size in leaf.shape)
             ]
             apart += (own - leaf.grad).square().sum().item()
             size += leaf.grad.square().sum().item()
-        assert apart**0.5 < 1e-5 * size**0.5
+        # forward and back are three times the sums, but in a norm the roundings average out: the
+        # root of 3 is left of the five standard deviations in TINY
+        assert apart**0.5 < TINY * size**0.5
 
 
 @pytest.mark.parametrize("kind", ["classification", "causal-lm"])
@@ -200,7 +203,7 @@ def test_losses_together_are_those_alone(task, decoder, kind):
     jobs = calls(task, models(task.base, (2, 4, 1), (0.5, 0.5, 0.0)), tuning=STILL)
     for _, alone, together in both_ways(task, jobs):
         expected = unpack(alone.result).loss
-        assert unpack(together.result).loss == pytest.approx(expected, rel=1e-5)  # rounding
+        assert unpack(together.result).loss == pytest.approx(expected, rel=TINY)
 
 
 @pytest.mark.parametrize("of", ["gradient", "blend"])
@@ -210,7 +213,8 @@ def test_importance_is_followed_together(task, of):
     for _, alone, together in both_ways(task, jobs):
         first, second = unpack(alone.result).scores, unpack(together.result).scores
         for mine, theirs in ((first.heads, second.heads), (first.channels, second.channels)):
-            assert float((mine - theirs).norm()) < 1e-4 * float(mine.norm())
+            # of products of two gradients, or of an activation and one
+            assert float((mine - theirs).norm()) < 2 * TINY * float(mine.norm())
             assert torch.equal(mine == 0, theirs == 0)
         assert costs(alone) == costs(together)
 
@@ -309,8 +313,9 @@ def test_scores_together_are_those_alone(task, decoder, kind):
     trio[1] = replace(trio[1], head={name: tensor + 0.1 for name, tensor in trio[1].head.items()})
     for model, found in zip(trio, score_together(task.base, trio, task.test), strict=True):
         alone = score(task.base, model, task.test)
-        assert found.mean_loss == pytest.approx(alone.mean_loss, rel=1e-4)
-        assert (found.count, found.correct) == (alone.count, pytest.approx(alone.correct, abs=1))
+        assert found.mean_loss == pytest.approx(alone.mean_loss, rel=TINY)
+        # no two logits of these rows are so near that rounding would swap them
+        assert (found.count, found.correct) == (alone.count, alone.correct)
 
 
 def test_marks_are_the_same_for_models_scored_together(task, tmp_path, monkeypatch):
@@ -324,17 +329,16 @@ def test_marks_are_the_same_for_models_scored_together(task, tmp_path, monkeypat
             do(self, job),
         )[1],
     )
-    found = []
+    found, state, method = [], None, HetLora.toy()
     for together in (1, 3):
         lab = Lab(task, tmp_path / str(together), together=together)
         try:
-            method = HetLora.toy()
-            state = method.start(task, np.random.default_rng(0))
-            state = method.round(state, lab.fleet)
+            # trained once, as AdamW makes steps of rounding
+            state = state or method.round(method.start(task, np.random.default_rng(0)), lab.fleet)
             deployment = Deployment(method, state, tuple(lab.ids))
             found.append(marks(score_models(deployment, task, lab.workers, 60), task.kind))
         finally:
             lab.close()
     first, second = found
     assert max(asked) > 1
-    assert second == {key: pytest.approx(value, rel=1e-2) for key, value in first.items()}
+    assert second == {key: pytest.approx(value, rel=TINY) for key, value in first.items()}

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from runs import in_process
-from tiny_models import logits, model_on, stories, tiny
+from tiny_models import fp32_apart, logits, model_on, stories, tiny
 
 from fedspine.core.errors import BadInput
 from fedspine.data.dataset import Rows
@@ -59,7 +59,9 @@ def test_a_gguf_file_predicts_as_the_merged_folder(folders, monkeypatch, name, r
         assert (there - here).pow(2).mean().sqrt() <= 2 * gguf._allowed("f16", 5) * here.std()
         (mine,), (other,) = (predict(m, TEXTS[:1], new_tokens=6) for m in (ours, theirs))
         assert mine.continuation == other.continuation
-        assert mine.mean_loss == pytest.approx(other.mean_loss, abs=0.02)
+        # a loss moves by no more than the logits, and those of the tokens average out
+        off = gguf._allowed("f16", 5) * float(here.std())
+        assert mine.mean_loss == pytest.approx(other.mean_loss, abs=off)
 
 
 def test_what_a_file_alone_does_not_say(folders):
@@ -80,7 +82,7 @@ def test_bench_of_several_formats_is_one_table(folders, monkeypatch, capsys):
     same, other = (m["same_rows"]["equal_predictions"] for m in models[1:])
     assert models[0]["same_rows"]["equal_predictions"] == 1 and same > 0.9 > 0.5 > other
     assert models[1]["same_rows"]["mean_loss"] == pytest.approx(
-        models[0]["same_rows"]["mean_loss"], rel=0.01
+        models[0]["same_rows"]["mean_loss"], rel=gguf._allowed("f16", 5)
     )
     assert models[1]["file_bytes"] == (folders / "deci-gguf" / "model.gguf").stat().st_size
 
@@ -97,8 +99,7 @@ def test_an_adapter_with_its_base(tmp_path):
     export_adapter(base, model, tokenizer, place, origin=origin, with_base=True, **about)
     ours, theirs = load_model(tmp_path / "merged"), load_model(place)
     there, here = (logits(m.module, tokenizer) for m in (theirs, ours))
-    # both add the same fp32 products, in different orders
-    torch.testing.assert_close(there, here, atol=1e-4, rtol=0)
+    torch.testing.assert_close(there, here, atol=fp32_apart(base, here), rtol=0)
     assert theirs.parameters == ours.parameters
     shutil.rmtree(place / "base")
     with pytest.raises(BadInput, match="adapter without its base model.*--with-base"):

@@ -16,6 +16,7 @@ import torch
 from places import ROOT
 from runs import carried_out, in_process, python, tiny_job, write_csv
 from tiny_models import LABELS, load, model_on
+from tolerances import FP16, LOGITS, TINY
 from transformers import AutoTokenizer
 
 from fedspine.core.errors import BadInput
@@ -84,7 +85,7 @@ def inputs_of(tokenizer, rows, kind, bi_encoder=False):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_graph_gives_the_logits(exported, name):
     stock, folder, parity = exported(name)
-    assert parity.largest_difference <= 1e-4
+    assert parity.largest_difference <= LOGITS
     assert (parity.equal_predictions, parity.rows) == (1, 48)
     written = json.loads((folder / "parity.json").read_text())
     assert written == json.loads(json.dumps(dataclasses.asdict(parity)))
@@ -97,9 +98,9 @@ def test_the_graph_gives_the_logits(exported, name):
         with torch.inference_mode():
             expected = ours.module(**inputs).logits
         found = theirs.module(**inputs).logits
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found, expected, atol=TINY, rtol=TINY)
     assert predict(theirs, rows.texts, rows.pairs) == [
-        dataclasses.replace(one, probability=pytest.approx(one.probability, abs=1e-4))
+        dataclasses.replace(one, probability=pytest.approx(one.probability, abs=TINY))
         for one in predict(ours, rows.texts, rows.pairs)
     ]
 
@@ -121,8 +122,12 @@ def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     before, after = load_model(folder), load_model(smaller)
     inputs = inputs_of(before.tokenizer, rows_of("classification", 8), "classification")
     whole, rounded = before.module(**inputs).logits, after.module(**inputs).logits
-    assert rounded.isfinite().all()
-    assert not torch.equal(whole, rounded)
+    # weights and inputs of the 14 products that a row goes through are rounded independently: by
+    # half a unit of 11 bits, or by half a step of 255 over a range of eight deviations. The eight
+    # are assumed, with room for other processors: int8 was off by at most 0.014 on one.
+    share = (FP16 if how == "fp16" else 8 / 255 / 2) * (2 * 14) ** 0.5
+    apart = (rounded - whole).square().mean().sqrt() / whole.square().mean().sqrt()
+    assert 0 < apart < share
     size = [(place / "model.onnx").stat().st_size for place in (folder, smaller)]
     # the file is smaller by at least the pruned weights of the blocks
     assert size[0] - size[1] > (4 - bytes_each) * before.block_parameters

@@ -4,6 +4,7 @@ and the chat example without fedspine.
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ import torch
 from places import ROOT
 from runs import python
 from tiny_models import load, model_on
+from tolerances import CERTAIN, FP16, LOGITS, TINY
 
 from fedspine.core.errors import BadInput
 from fedspine.data.dataset import Rows
@@ -71,11 +73,13 @@ def exported(tmp_path_factory):
 
 def test_the_graph_gives_the_logits(exported):
     source, folder, parity, examples = exported
-    assert parity.largest_difference <= 1e-4
+    assert parity.largest_difference <= LOGITS
     assert parity.largest_logit < decoder_parity.LARGE
     assert (parity.equal_tokens, parity.equal_continuations) == (1, 1)
     assert (parity.rows, parity.tokens_compared) == (len(examples), int(examples.lengths.sum()))
-    assert parity.perplexity == pytest.approx(parity.perplexity_before, rel=1e-4)
+    # e to the mean loss, so its relative error is the loss's own
+    loss = math.log(parity.perplexity_before)
+    assert parity.perplexity == pytest.approx(parity.perplexity_before, rel=TINY * loss)
     assert json.loads((folder / "parity.json").read_text()) == json.loads(
         json.dumps(dataclasses.asdict(parity))
     )
@@ -114,8 +118,8 @@ def test_one_token_at_a_time_behind_padding(exported):
     for step in range(ids.shape[1]):
         out = graph(ids[:, step : step + 1], mask[:, : step + 1], cache)
         cache, found = out.past_key_values, [*found, out.logits]
-    apart = (torch.cat(found, 1) - expected)[mask.bool()]
-    assert float(apart.abs().max()) <= 1e-4
+    inside = mask.bool()
+    torch.testing.assert_close(torch.cat(found, 1)[inside], expected[inside], atol=TINY, rtol=TINY)
 
 
 def test_it_writes_what_the_model_writes(exported):
@@ -135,8 +139,12 @@ def test_smaller_numbers(exported, tmp_path, how, bytes_each):
     before, after = load_model(folder), load_model(smaller)
     ids = torch.from_numpy(np.random.default_rng(0).integers(4, 40, (2, 9)))
     whole, rounded = before.module(ids), after.module(ids)
-    assert rounded.logits.isfinite().all()
-    assert not torch.equal(whole.logits, rounded.logits)
+    # weights and inputs of the 13 products that a token goes through are rounded independently: by
+    # half a unit of 11 bits, or by half a step of 255 over a range of eight deviations. The eight
+    # are assumed, with room for other processors: int8 was off by at most 0.057 on one.
+    share = (FP16 if how == "fp16" else 8 / 255 / 2) * (2 * 13) ** 0.5
+    off = (rounded.logits - whole.logits).square().mean().sqrt() / whole.logits.std()
+    assert 0 < off < share
     half = rounded.past_key_values.layers[0].keys.dtype is torch.float16
     assert half == (how == "fp16")
     assert len(predict(after, ["good"], new_tokens=4)) == 1
@@ -162,8 +170,8 @@ def test_an_angle_keeps_its_fraction_in_fp16(exported, tmp_path):
     for place, type in ((folder, np.float32), (smaller, np.float16)):
         caches = {name: one.astype(type) for name, one in inputs.items() if name.startswith("past")}
         found.append(Graph(place / "model.onnx").logits(inputs | caches))
-    # caches and products in fp16 differ by 0.004 of the spread
-    assert np.abs(found[0] - found[1]).max() < 0.02 * found[0].std()
+    # weights and inputs of the 13 products that a token goes through are rounded to fp16
+    assert np.abs(found[0] - found[1]).max() < CERTAIN * math.sqrt(2 * 13) * FP16 * found[0].std()
 
 
 def test_the_tolerance(exported):
@@ -224,7 +232,7 @@ def test_the_readme_continues_a_text(exported, monkeypatch, capsys):
 def test_heads_wider_than_their_share(tmp_path):
     source, examples = merged(tmp_path, "qwen3", 1)
     parity = onnx_decoder.export(source, tmp_path / "x", examples=examples, rows_from="texts")
-    assert parity.largest_difference <= 1e-4
+    assert parity.largest_difference <= LOGITS
 
 
 def test_a_classifier_on_a_decoder(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flare_federation import MAX_TOKENS, NAMES
 from hostile_server import ROWS, SGD, few_rows, refused
+from tolerances import TINY
 from toy import toy_rows
 
 from fedspine.core.device import FEWEST_OF_CLASS, Device
@@ -267,8 +268,7 @@ def test_a_loss_is_of_as_many_rows_as_the_answer(task):
         return tune(device, model, replace(tuning, **changes)).loss
 
     every = loss(0, steps=1, batch=64)
-    # the mean of 64 fp32 losses, each with the rounding of a few hundred sums
-    assert loss(64) == pytest.approx(every, rel=1e-4)
+    assert loss(64) == pytest.approx(every, rel=TINY)
     assert loss(0) != pytest.approx(every, rel=1e-3)
 
 

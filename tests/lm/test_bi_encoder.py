@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import LABELS
 from tiny_models import model_on as pruned_on
+from tolerances import TINY
 from toy import TEST_ROWS, TRAIN_ROWS, Lab, bits
 from transformers import AutoModel
 
@@ -131,7 +132,7 @@ def test_several_models_in_one_pass(opened):
     models = [pruned_on(base, [4, 4], [64, 64]), pruned_on(base, [4, 2], [24, 30])]
     for one, model in zip(score_together(base, models, data), models, strict=True):
         # merged against unmerged products, in fp32
-        assert one.loss == pytest.approx(score(base, model, data).loss, rel=1e-4)
+        assert one.loss == pytest.approx(score(base, model, data).loss, rel=TINY)
 
 
 def test_without_weights_it_is_as_large(tiny_folder, opened):

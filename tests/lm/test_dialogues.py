@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import fp32_apart, model_on
+from tolerances import TINY
 
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
@@ -207,10 +208,10 @@ def test_packed_texts_lose_what_they_lose_alone(some):
     model = model_on(base)
     alone, all_together = (score(base, model, each) for each in (data, together))
     assert alone.count == all_together.count == int(data.counted.sum())
-    assert all_together.loss == pytest.approx(alone.loss, rel=1e-4)  # rounding
+    assert all_together.loss == pytest.approx(alone.loss, rel=TINY)  # rounding
     everything = together.batch(np.arange(len(together)))
     loss = float(losses_of(base.fit(model), everything, 1))
-    assert loss == pytest.approx(alone.loss / alone.count, rel=1e-4)
+    assert loss == pytest.approx(alone.loss / alone.count, rel=TINY)
     # what enters a block, as it is computed for frozen blocks
     inside = everything["attention_mask"].bool()
     sums = []
@@ -219,7 +220,7 @@ def test_packed_texts_lose_what_they_lose_alone(some):
         hidden = base.below(1, {n: t for n, t in batch.items() if n != "labels"})
         sums.append(hidden[batch["attention_mask"].bool()].double().sum(0))
         assert hidden.isfinite().all()
-    torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-4 * float(inside.sum()))
+    torch.testing.assert_close(*sums, rtol=0, atol=TINY * float(inside.sum()))
 
 
 def test_texts_are_packed_without_their_first_token(decoder):
@@ -231,7 +232,7 @@ def test_texts_are_packed_without_their_first_token(decoder):
     assert int(together.counted.sum()) == int(data.predicted(np.arange(4)).sum())
     model = model_on(base)
     assert score(base, model, together).loss == pytest.approx(
-        score(base, model, data).loss, rel=1e-4
+        score(base, model, data).loss, rel=TINY
     )
 
 

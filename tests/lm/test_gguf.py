@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from tolerances import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedspine.core.errors import BadInput
@@ -125,7 +126,7 @@ def test_a_file_gives_the_logits_of_what_was_written(file, module, cache):
         found = fitted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         expected = module(input_ids=ids).logits
     # fp32 numbers are kept as they are, and only attention sums in another order
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=TINY, atol=TINY)
 
     (folder,) = cache.iterdir()  # and nothing half made beside it
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())

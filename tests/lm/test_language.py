@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import model_on, stories
 from tokenizers import processors
+from tolerances import TINY
 from torch import nn
 from toy import MAX_TOKENS, Lab, toy_rows, toy_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -157,7 +158,7 @@ def test_scoring_is_that_of_the_guide(tiny_folder, words):
     for batch in (1, 32):
         found = score(base, model, data, batch=batch)
         assert found.count == counted == ids.shape[1] - 1
-        assert found.loss == pytest.approx(total, rel=1e-4)  # padding rounds otherwise
+        assert found.loss == pytest.approx(total, rel=TINY)  # padding rounds otherwise
 
 
 def test_more_context_is_another_score_of_the_same_tokens(decoder):
@@ -173,7 +174,7 @@ def test_more_context_is_another_score_of_the_same_tokens(decoder):
     # one pass through several models counts the same tokens
     both = score_together(base, [model, model_on(base, seed=1)], strided)
     assert both[0].count == scores[1].count
-    assert both[0].loss == pytest.approx(scores[1].loss, rel=1e-4)
+    assert both[0].loss == pytest.approx(scores[1].loss, rel=TINY)
 
 
 def test_context_is_taken_and_stored_with_its_rows(tmp_path, monkeypatch, decoder):
@@ -229,16 +230,16 @@ def test_the_real_end_counts_where_padding_does_not(padded_by_ends):
     alone = [losses_of(module, data.batch([row]), 1) for row in everything]
     sums = sum(float(loss) * (data.lengths[row] - 1) for row, loss in enumerate(alone))
     together = float(losses_of(module, data.batch(everything), 1)) * count
-    assert together == pytest.approx(sums, rel=1e-4)
+    assert together == pytest.approx(sums, rel=TINY)
     found = score_module(module, data)
-    assert found.count == count and found.loss == pytest.approx(sums, rel=1e-4)
+    assert found.count == count and found.loss == pytest.approx(sums, rel=TINY)
     split_model = split_model_of(base, 1, rank=3)
     client_model, server_model = split_model.parts(model)
     batch = data.batch(everything)
     features = split_model.client_forward(client_model, batch, seed=0)
     losses = split_model.server_forward(server_model, features, batch["labels"], seed=0)
     assert losses.counted.tolist() == (data.lengths - 1).tolist()
-    assert float(losses.total.detach().sum()) == pytest.approx(sums, rel=1e-4)
+    assert float(losses.total.detach().sum()) == pytest.approx(sums, rel=TINY)
 
 
 # --- nothing to predict ---
@@ -272,7 +273,7 @@ def test_steps_without_a_label_are_not_in_the_mean_loss(decoder):
     text, tuning = (2, 50, 60, 7, 3), Tuning(steps=4, batch=1, learning_rate=1e-9, weight_decay=0.0)
     both = tune(device_on(base, lone(1, text)), model_on(base), tuning)
     alone = tune(device_on(base, lone(0, text)), model_on(base), tuning)
-    assert both.loss == pytest.approx(alone.loss, rel=1e-4)  # half the steps had nothing to say
+    assert both.loss == pytest.approx(alone.loss, rel=TINY)  # half the steps had nothing to say
     nothing = tune(device_on(base, lone(3)), model_on(base), tuning)
     assert nothing.loss == 0.0
     assert all(factor.isfinite().all() for factor in nothing.model.adapter.values())
@@ -285,7 +286,7 @@ def test_scoring_nothing_is_no_number_and_no_error(decoder):
     assert math.isnan(found.mean_loss) and math.isnan(found.accuracy)
     text = (2, 50, 60, 7, 3)
     mixed, alone = (score(base, model_on(base), lone(count, text)) for count in (3, 0))
-    assert mixed.count == alone.count == 4 and mixed.loss == pytest.approx(alone.loss, rel=1e-4)
+    assert mixed.count == alone.count == 4 and mixed.loss == pytest.approx(alone.loss, rel=TINY)
 
 
 def test_a_text_without_a_token_is_no_error(decoder):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import LABELS, TEXTS, as_its_readme_says, fp32_apart, logits
 from tiny_models import model_on as random_model
+from tolerances import TINY
 from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
 
 from fedspine.core.task import Examples
@@ -122,8 +123,7 @@ def test_the_head_is_one_linear_layer_over_the_mean_of_the_true_tokens(
         for row in range(3):
             ids = torch.from_numpy(data.ids[data.offsets[row] : data.offsets[row + 1]]).long()
             mean = stock(input_ids=ids[None]).last_hidden_state[0].mean(0)
-            # sums of at most 32 products in fp32, of size 1: a few dozen roundings of 6e-8
-            torch.testing.assert_close(found[row], mean @ weight.T + bias, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found[row], mean @ weight.T + bias, atol=TINY, rtol=TINY)
 
 
 def test_a_stock_token_classifier_has_the_same_logits(tiny_folder) -> None:
@@ -142,7 +142,7 @@ def test_a_stock_token_classifier_has_the_same_logits(tiny_folder) -> None:
         ours = base.fit(Model(structure=full(base.layout), adapter={}, head=head, scale=1.0))
         ours = ours(**inputs).logits
         theirs = mean_of_tokens(stock(**inputs).logits, inputs["attention_mask"])
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, theirs, atol=TINY, rtol=TINY)
 
 
 def test_several_models_in_one_pass_are_read_alike(encoder) -> None:
@@ -153,7 +153,7 @@ def test_several_models_in_one_pass_are_read_alike(encoder) -> None:
         alone = score(base, model, examples())
         assert one.correct == alone.correct
         # merged against unmerged products, in fp32
-        assert one.loss == pytest.approx(alone.loss, rel=1e-4)
+        assert one.loss == pytest.approx(alone.loss, rel=TINY)
 
 
 def test_without_a_mask_all_tokens_count(encoder) -> None:

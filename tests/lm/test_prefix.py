@@ -8,6 +8,7 @@ import errno
 import numpy as np
 import pytest
 import torch
+from tolerances import TINY
 from toy import bits, toy_task
 
 from fedspine.core.device import Device
@@ -75,7 +76,7 @@ def test_training_above_kept_activations_is_training(tiny_folder, architecture):
 
     # at next to no rate the weights stay, so the losses are those of the same weights
     kept, plain = both(steps=20, learning_rate=1e-9)
-    assert kept.loss == pytest.approx(plain.loss, rel=1e-5)
+    assert kept.loss == pytest.approx(plain.loss, rel=TINY)
     # AdamW turns rounding into steps of its rate, so of training the direction is compared
     kept, plain = both(steps=5)
     apart = moved = 0.0
@@ -178,7 +179,7 @@ def test_activations_are_what_enters_the_block(task):
     hook.remove()
     for row, hidden in zip(rows, seen[0], strict=True):
         start, end = task.train.offsets[row : row + 2]
-        torch.testing.assert_close(kept[start:end], hidden[: end - start], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kept[start:end], hidden[: end - start], rtol=TINY, atol=TINY)
 
 
 def test_depth_adapts_the_last_blocks_only(lab):

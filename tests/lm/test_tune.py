@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import FP32, TINY
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from toy import bits, toy_task
@@ -109,7 +110,8 @@ def test_the_adapted_layer_is_autograd_in_fp32(with_bias):
     first = gradients(ours(weight, bias, scale), x, direction, a, b)
     second = gradients(plain(weight, bias, scale), x, direction, a, b)
     for mine, theirs in zip(first, second, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        # fewer sums than in a tiny model
+        torch.testing.assert_close(mine, theirs, rtol=TINY, atol=TINY)
 
 
 def test_the_adapted_layer_is_autograd_in_bf16():
@@ -193,7 +195,7 @@ def test_padding_is_no_token_to_predict(decoder):
         losses_of(module, task.test.batch([short, long]), 1)
         * (task.test.lengths[[short, long]] - 1).sum()
     )
-    torch.testing.assert_close(together, sum(alone), rtol=1e-5, atol=0)
+    torch.testing.assert_close(together, sum(alone), rtol=TINY, atol=0)
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 9), st.integers(0, 99))
@@ -216,7 +218,8 @@ def test_the_learning_rates_fall_linearly():
 
 
 def test_the_head_learns_at_its_own_rate(task):
-    # the first step of AdamW is the learning rate in size, whatever the gradient; decay off
+    # the first step of AdamW is the learning rate in size, whatever the gradient; decay off. It is
+    # the difference of two weights below 1, each rounded to fp32.
     model = model_on(task.base)
     tuning = Tuning(
         steps=1, batch=16, learning_rate=1e-3, head_learning_rate=1e-2, weight_decay=0.0
@@ -226,8 +229,8 @@ def test_the_head_learns_at_its_own_rate(task):
     def steps(before, after):
         return torch.stack([(after[name] - before[name]).abs().max() for name in before])
 
-    assert float(steps(model.head, tuned.head).max()) == pytest.approx(1e-2, rel=1e-2)
-    assert float(steps(model.adapter, tuned.adapter).max()) == pytest.approx(1e-3, rel=1e-2)
+    assert float(steps(model.head, tuned.head).max()) == pytest.approx(1e-2, abs=2 * FP32)
+    assert float(steps(model.adapter, tuned.adapter).max()) == pytest.approx(1e-3, abs=2 * FP32)
 
 
 @pytest.mark.parametrize(

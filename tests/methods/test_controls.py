@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import Spy, bits
+from tolerances import FP32, ridge, rounding, undecided
+from toy import Spy, bits, reached
 
 from fedspine.control import controllers
 from fedspine.control.bandit import Bandit, N, choose_plan, rewards
@@ -83,7 +84,8 @@ def test_learns_prunes_and_survives_losses(name, lab, task):
     state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=0.2))
     assert any(row["values"].get("left_out") == "lost" for row in bench.rows("note"))
     model = method.deploy(state, bench.ids[0])
-    assert sparsity(task.base.layout, model.structure) == pytest.approx(0.5, abs=0.005)
+    layout = task.base.layout
+    assert sparsity(layout, model.structure) == pytest.approx(reached(layout, 0.5))
     assert score(task.base, model, task.test).mean_loss < math.log(3)  # of one that knows nothing
     learns = {
         "chance": set(),
@@ -345,15 +347,20 @@ def test_known_coefficients_are_recovered():
 
 def test_a_device_alone_is_fitted_exactly_and_follows_a_change():
     evidence = reports("a", 50)
-    assert coefficients(evidence, evidence) == pytest.approx(TRUE["a"], rel=1e-3)
-    for turn in range(
-        80
-    ):  # from then on everything takes four times as long, at any of these plans
+    truth, before = np.array(TRUE["a"]), evidence
+    assert np.linalg.norm(coefficients(evidence, evidence) - truth) <= ridge(evidence, truth)
+    # from then on everything takes four times as long, at any of these plans
+    for turn in range(80):
         s, r = 0.1 * (turn % 5), 0.25 * (1 + turn % 4)
-        seconds = 4 * predicted(np.array(TRUE["a"]), sparsity=s, rank=r)
+        seconds = 4 * predicted(truth, sparsity=s, rank=r)
         evidence = observe(evidence, sparsity=s, rank=r, seconds=seconds, discount=0.9)
-    # the old evidence is left with 0.9^80 = 0.0002 of its say
-    assert coefficients(evidence, evidence) == pytest.approx(4 * np.array(TRUE["a"]), rel=0.01)
+    # the old evidence is left with 0.9^80 = 0.0002 of its say: so much of three times the truth is
+    # missing
+    missing = 3 * 0.9**80 * before[:, :3] @ truth
+    expected = 4 * truth - np.linalg.solve(evidence[:, :3], missing)
+    assert np.linalg.norm(expected / truth - 4) < 0.05
+    found = coefficients(evidence, evidence)
+    assert np.linalg.norm(found - expected) <= ridge(evidence, expected)
 
 
 def test_an_unknown_device_is_like_the_fleet_and_a_slow_one_slow_at_every_rank():
@@ -367,11 +374,13 @@ def test_an_unknown_device_is_like_the_fleet_and_a_slow_one_slow_at_every_rank()
         seconds=5 * predicted(common, sparsity=0.0, rank=0.25),
         discount=1.0,
     )
-    assert coefficients_of(learnt, ["new"])["new"] == pytest.approx(common, rel=1e-3)
-    found = coefficients(slow, fleet)
+    off = undecided(fleet, common)
+    assert np.linalg.norm(coefficients_of(learnt, ["new"])["new"] - common) <= off
+    # all its coefficients are those of the fleet times 5, which is known as well as they are
+    found, off = coefficients(slow, fleet), 2 * 5 * 3**0.5 * off
     for s, r in ((0.0, 1.0), (0.5, 0.5)):
         assert predicted(found, sparsity=s, rank=r) == pytest.approx(
-            5 * predicted(common, sparsity=s, rank=r), rel=0.01
+            5 * predicted(common, sparsity=s, rank=r), abs=off
         )
 
 
@@ -527,14 +536,17 @@ def test_importance_does_not_touch_what_is_trained(task, importance):
 
 
 def test_one_device_makes_weights_meaningless(lab):
-    runs = [
-        lab(how, kinds=("agx",)).run(toy(aggregation=how), rounds=2)
-        for how in ("zeropad", "hetlora")
-    ]
-    for name, tensor in runs[0].adapter.items():
-        # a weighted mean of one value is x * w / w: two roundings, and the next round trains from
-        # there
-        torch.testing.assert_close(runs[1].adapter[name], tensor, rtol=1e-3, atol=1e-4)
+    methods = [toy(aggregation=how) for how in ("zeropad", "hetlora")]
+    labs, state = [lab(how, kinds=("agx",)) for how in ("zeropad", "hetlora")], None
+    for rounds in (1, 2):
+        runs = [
+            bench.run(method, rounds=rounds, state=state)
+            for bench, method in zip(labs, methods, strict=True)
+        ]
+        for name, tensor in runs[0].adapter.items():
+            # a weighted mean of one value is x * w / w: two roundings in each
+            torch.testing.assert_close(runs[1].adapter[name], tensor, rtol=4 * FP32, atol=0)
+        state = runs[0]  # both train on from the same bits, as AdamW makes steps of rounding
 
 
 def test_the_first_mean_of_changes_is_the_mean_of_products(lab):
@@ -546,13 +558,11 @@ def test_the_first_mean_of_changes_is_the_mean_of_products(lab):
             bench.run(method, rounds=rounds, state=state)
             for bench, method, state in zip(labs, methods, runs, strict=True)
         ]
-        assert (
-            all(
-                torch.allclose(runs[0].dense[path], runs[1].dense[path], atol=1e-6)
-                for path in runs[0].dense
-            )
-            == same
-        )
+        for path, dense in runs[0].dense.items():
+            # products of ranks up to 8 before and after, of five devices
+            off = rounding(2 * 8 * 5, float(dense.abs().max()))
+            apart = float((dense - runs[1].dense[path]).abs().max())
+            assert apart <= off if same else apart > 1000 * off
 
 
 def test_hetlora_weighs_by_norm(lab):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tolerances import rounding
 from toy import Spy, bits
 
 from fedspine.core.device import Call, Device, name_of, serve
@@ -150,9 +151,10 @@ def test_factors_are_averaged_by_the_norm_of_their_product(lab, task):
         expected = torch.zeros(site.rows, largest, dtype=torch.float64)
         for result in results:
             expected[:, : result.rank] += norm(result) / total * result.adapter[name].double()
-        # five terms in fp32, each rounded by 2^-24 a few times
+        # weights, products and sums in fp32 round once each
+        off = rounding(3 * len(results), float(expected.abs().max()))
         torch.testing.assert_close(
-            state.adapter[name][:, :largest].double(), expected, rtol=1e-5, atol=1e-6
+            state.adapter[name][:, :largest].double(), expected, rtol=0, atol=off
         )
 
 
@@ -162,7 +164,8 @@ def test_the_tail_is_the_product_of_its_norms(task):
         float(adapter[b_name(site.path)][:, 4:].norm() * adapter[a_name(site.path)][4:].norm())
         for site in layout.sites
     )
-    assert float(tail(layout, adapter, 4)) == pytest.approx(expected, rel=1e-5)
+    # norms of two factors' columns, of 64 numbers at most
+    assert float(tail(layout, adapter, 4)) == pytest.approx(expected, rel=rounding(2 * 2 * 64))
     assert float(tail(layout, adapter, 6)) == 0.0
 
 

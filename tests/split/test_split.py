@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import model_on, tiny
+from tolerances import TINY
 from toy import Lab, Spy, bits, toy_task
 
 from fedspine.core.device import Call, Device, on_device, serve
@@ -242,7 +243,7 @@ def test_the_two_halves_are_the_model(tmp_path, kind, model_type):
         torch.testing.assert_close(losses.mean, loss, rtol=64 * EPS, atol=0)
         for name, leaf in {**leaves[0], **leaves[1]}.items():
             scale = whole[name].grad.abs().max()
-            assert bool((leaf.grad - whole[name].grad).abs().max() <= 1e-5 * scale), (cut, name)
+            assert bool((leaf.grad - whole[name].grad).abs().max() <= TINY * scale), (cut, name)
         assert set(split_model.ends) <= set(weights[1])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from places import SHARED
+from tolerances import rounding
 
 from fedspine.lm.base import Base, Model
 from fedspine.lm.load import load
@@ -88,16 +89,13 @@ def model_on(base: Base, heads=None, channels=None, *, rank=3, seed=0) -> Model:
 def fp32_apart(base: Base, expected) -> float:
     """The largest difference of two computations of the same fp32 logits, by rounding in each.
 
-    A sum of n products is off by at most n unit roundoffs of the sum of their sizes (Higham,
-    Accuracy and Stability, section 3.1). A block has six products in a row (values, attention,
-    output, up, its gate, down), then comes the head with its pooler. Magnitudes are assumed to be
-    at most those of the logits, since norms keep the residual stream near 1.
+    A block has six products in a row (values, attention, output, up, its gate, down), then comes
+    the head with its pooler. Magnitudes are assumed to be at most those of the logits, since norms
+    keep the residual stream near 1.
     """
     layout = base.layout
-    longest = max(layout.width, layout.channels)
-    products = 6 * layout.layers + 2
-    size = max(1.0, float(expected.abs().max()))
-    return 2 * products * longest * 2.0**-24 * size
+    sums = layout.layers * (5 * layout.width + layout.channels) + 2 * layout.width
+    return rounding(sums, max(1.0, float(expected.abs().max())))
 
 
 def logits(module, tokenizer, texts=TEXTS):

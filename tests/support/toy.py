@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from fedspine.control.sparsity import final_counts
 from fedspine.core.aggregation import Mean
 from fedspine.core.checks import Terms
 from fedspine.core.message import pack
@@ -52,6 +53,17 @@ def toy_task(base, tokenizer, *, rounds, kind="classification"):
         max_tokens=MAX_TOKENS,
         rounds=rounds,
     )
+
+
+def reached(layout, target):
+    """The sparsity of whole heads and channels that a target comes to, the same in every layer: a
+    quarter of a percent off, or half a channel where that is more.
+    """
+    shape = layout.shape
+    found = shape.sparsity(*final_counts(shape, target))
+    off = max(0.0025, shape.channel_parameters / shape.parameters / 2)
+    assert abs(found - target) <= off + 1e-9
+    return found
 
 
 class Lab:

@@ -19,6 +19,7 @@ from runs import (
     tiny_job,
     write_csv,
 )
+from tolerances import LOGITS
 from warm import forked
 
 from fedspine.exports import hf
@@ -385,14 +386,15 @@ def test_export_says_what_it_wrote(place, command) -> None:
     )
     assert (code, lines) == (0, [])
     found = json.loads(out)
-    assert found["sparsity"] == pytest.approx(summary_of(place / "run")["sparsity"], abs=0.005)
+    # every device is at the target
+    assert found["sparsity"] == pytest.approx(summary_of(place / "run")["sparsity"])
     assert found["bytes"] == sum(path.stat().st_size for path in (place / "nx").iterdir())
     parity, card = found["parity"], (place / "nx" / "README.md").read_text()
     assert parity.pop("line") in card
     assert parity == json.loads((place / "nx" / "parity.json").read_text())
     assert parity["rows_from"] == "test rows of the run"
     assert parity["equal_predictions"] == 1 and parity["accuracy"] == parity["accuracy_before"]
-    assert 0 < parity["largest_difference"] < 1e-4  # merged against unmerged products
+    assert 0 < parity["largest_difference"] < LOGITS  # merged against unmerged products
     assert parity["peak_memory_bytes"] > parity["bytes"] and len(parity["latency_seconds"]) == 2
     assert "| method | fedspine-plus, 2 rounds over 3 devices |" in card
     assert "| data | rows.csv |" in card and str(place) not in card
