@@ -1,9 +1,9 @@
 """What `run.frozen_bits` saves and costs a decoder: `python benchmarks/frozen_bits.py MODEL DATA`.
 
-For unquantised, 8-bit and 4-bit weights, a fresh process each loads the model, is measured, scores the
-first windows of DATA's test rows without any tuning, and trains an adapter of rank 8 on a few rows.
-The table has the resident memory of the process, the bytes of its frozen weights, and what the
-simulator charges. It is printed to the standard output.
+For unquantised, 8-bit and 4-bit weights, a fresh process each loads the model, is measured, scores
+the first windows of DATA's test rows without any tuning, and trains an adapter of rank 8 on a few
+rows. The table has the resident memory of the process, the bytes of its frozen weights, and what
+the simulator charges. It is printed to the standard output.
 """
 
 import argparse
