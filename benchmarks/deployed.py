@@ -1,7 +1,7 @@
 """How much faster half of MiniLM runs: `python benchmarks/deployed.py` writes results/deployed.md.
 
 A structure of sparsity 0.5 (6 of 12 heads, 768 of 1536 channels in each layer) and the unpruned
-model take turns, call by call, in one process, so that whatever else the machine does meets both.
+model take turns, call by call, in one process, so that other load on the machine affects both.
 """
 
 import os

@@ -1,15 +1,16 @@
 """What LoRA depth saves a device: `python benchmarks/depth.py` writes results/depth.md.
 
-Six-layer MiniLM with adapters of rank 8 on all six blocks, and on the last two: without a kept
-prefix, where each step computes the four frozen blocks, and with what enters the lowest trained
-block kept on the disk, as `lm.tune` keeps it for a device whose rows come again. All take turns on
-one thread, a few steps each, so that whatever else the machine does meets them alike; a ratio is
-the median over neighbouring turns. Keeping the prefix is timed apart, since it is done once.
+Six-layer MiniLM with adapters of rank 8 on all six blocks and on the last two. On two blocks it
+trains in two ways: each step computes the four frozen blocks, or the input of the lowest trained
+block is kept on disk, as `lm.tune` does for a device whose rows are used again. All variants take
+turns on one thread, a few steps each, so that other load on the machine affects them alike; a ratio
+is the median over neighbouring turns. Storing the prefix is timed separately, since it is done
+once.
 
-Peak memory is that of a fresh process each, which trains a few steps and keeps the prefix first
-where it does: all of the process, and what training adds to the loaded model. Beside them stands
-what the simulator charges. LCD is the choice of depths for 1,000 devices from what is known of
-their times.
+Peak memory is that of a fresh process for each variant, which trains a few steps, after storing the
+prefix if it keeps one: the whole process, and what training adds to the loaded model. The
+simulator's charges are given for comparison. LCD is the choice of depths for 1,000 devices from
+their measured times.
 """
 
 import argparse
@@ -32,7 +33,7 @@ HERE = Path(__file__).parent
 DEPTH, RANK, BATCH, CLASSES = 2, 8, 16, 6
 LENGTHS = (32, 128)  # tokens of every row
 STEPS = 4  # optimiser steps of one training
-ROWS = STEPS * BATCH  # of the device: a training goes over them once
+ROWS = STEPS * BATCH  # of the device; one training uses each of them once
 DEVICES, PLANS = 1000, 30  # of LCD
 
 
@@ -74,7 +75,7 @@ class Scene:
         self.folder = folder
 
     def train(self, kind: Kind) -> Any:
-        """A device that has trained `STEPS` steps; its prefix is kept from the first time on."""
+        """A device that has trained `STEPS` steps; its prefix is kept from the first one on."""
         import numpy as np
 
         from fedspine.core.device import Device
@@ -101,7 +102,7 @@ class Scene:
             rng=rng,
             prefixes=Prefixes(self.folder) if kind.kept else None,
         )
-        # a device that trains twice or more in its run keeps what it would compute again
+        # a device that trains twice or more in its run keeps what it would otherwise recompute
         turns = 2.0 if kind.kept else 0.0
         tune(device, model, Tuning(steps=STEPS, batch=BATCH, learning_rate=1e-3, turns=turns))
         return device
@@ -141,7 +142,7 @@ def own_peaks(name: str, tokens: int, precision: str) -> None:
 
 
 def _reset_peak() -> int:
-    """Let Linux count the peak of this process anew; returns its resident bytes by now."""
+    """Reset Linux's peak memory of this process; returns its current resident bytes."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return peak_memory_bytes()
 

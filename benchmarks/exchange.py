@@ -1,10 +1,10 @@
-"""What one exchange costs on a fleet of real processes: two sites, 40 KB and 4 MB each way, beside
-Flower's; with `--noise`, what the noise of a site adds to one.
+"""The cost of one exchange on a fleet of real processes: two sites, 40 KB and 4 MB each way,
+compared with Flower; with `--noise`, the cost of a site's noise.
 
 `python benchmarks/exchange.py --flower PYTHON`, where PYTHON is an interpreter that has flwr.
-Writes results/exchange.md. On loopback: an order goes from the run over the server to both sites at
-once, each site's worker decodes it, does nothing, writes its (empty) memory to disk and replies;
-the clock stops when both replies are decoded. Ours is mutual TLS, Flower's is not encrypted.
+Writes results/exchange.md. On loopback, an order goes from the run over the server to both sites at
+once. Each site's worker decodes it, does nothing, writes its (empty) memory to disk and replies.
+The clock stops when both replies are decoded. Ours uses mutual TLS; Flower's is not encrypted.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
     before = (
         [] if options.fresh or not kept.exists() else json.loads(kept.read_text(encoding="utf-8"))
     )
-    # through JSON, so that what was read and what was just measured have the same keys
+    # through JSON, so that old and new measurements have the same keys
     entries = [*before, json.loads(json.dumps(found))]
     text = _table(entries, options.exchanges)
     print(text)
@@ -159,8 +159,8 @@ def _one_run(recipe: Path, admin: Path, out: Path) -> Seconds:
 
 
 def _noise(answers: int, write: bool) -> None:
-    """CPU time of a site's worker for an answer, in this process, the two in turn: wall time beside
-    other work would tell of that work.
+    """CPU time of a site's worker for an answer, in this process, with and without noise in turn;
+    wall time would depend on other load.
     """
     sys.path.insert(0, str(HERE / "exchange_site"))
     import sitecustomize  # noqa: F401 - so that the method is found

@@ -1,5 +1,5 @@
-"""The ground on which faults happen: a server and three sites over NVIDIA FLARE, one of them behind
-a link that can be cut.
+"""The set-up for faults: a server and three sites over NVIDIA FLARE, one of them behind a link that
+can be cut.
 """
 
 import itertools

@@ -1,5 +1,5 @@
-"""Kills at random moments of a run, a sweep and a run over real sites, which then go on to their
-ends: the state must be that of one that nothing disturbed.
+"""Kills at random moments of a run, a sweep and a run over real sites, which are then continued to
+their ends: the state must be that of an undisturbed one.
 """
 
 import json
@@ -34,10 +34,10 @@ AT_SITES = (
 
 @dataclass
 class Kills:
-    """What was killed, and what became of it."""
+    """What was killed, and the outcome."""
 
     victims: dict[str, int] = field(default_factory=dict)  # how often each was hit
-    wrong: list[str] = field(default_factory=list)  # what should not have been
+    wrong: list[str] = field(default_factory=list)  # what went wrong
     seconds: float = 0.0
 
     @property

@@ -1,9 +1,8 @@
-"""A run over real sites once more, in one process: the same rows, without exactly the replies that
-were lost.
+"""Replays a run over real sites in one process, on the same rows and without exactly the replies
+that were lost.
 
-What a run's state must be follows from its recipe, its sites' rows, and which replies it got. So a
-replay that lacks the same replies must end in the same bits, whatever died while the run was under
-way.
+A run's state follows from its recipe, its sites' rows, and the replies it got. So a replay without
+the same replies must end in the same bits, whatever died during the run.
 """
 
 import json

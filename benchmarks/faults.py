@@ -1,12 +1,11 @@
-"""What a fleet of real processes does when something fails: each fault several times, beside what
-should come of it.
+"""How a fleet of real processes handles faults: each fault several times, with its expected
+outcome.
 
 `python benchmarks/faults.py` starts a server and three sites over NVIDIA FLARE on this machine, one
-of them in a network of its own where that can be made (Linux, as root). A run of FedLoRA on a tiny
-model is under way when the fault happens, at a random round and site. Afterwards the run is
-replayed in this process, over the same rows, without exactly those replies that its records call
-lost: the state must have the same sha256. Writes results/faults.md; exit code 1 where one ended
-ill.
+of them in a network of its own where that can be made (Linux, as root). The fault happens during a
+run of FedLoRA on a tiny model, at a random round and site. Afterwards the run is replayed in this
+process, on the same rows and without exactly those replies that its records call lost: the state
+must have the same sha256. Writes results/faults.md; the exit code is 1 if any run ended badly.
 
 With `--kills N` it kills at random instead: runs, sweeps and, unless `--no-sites`, runs over those
 sites, N kills in all (fault_kills.py).
@@ -110,7 +109,7 @@ def as_it_should(outcome: dict[str, Any]) -> bool:
 
 
 def _write(found: dict[str, list[dict[str, Any]]]) -> None:
-    """Put what was found in place of what earlier calls found of the same faults."""
+    """Replace the results of earlier calls for the same faults."""
     _keep(_kept() | found)
 
 
@@ -204,7 +203,7 @@ def command(place: Place, out: Path, *arguments: Any) -> "subprocess.Popen[bytes
 
 
 def tried(place: Place, name: str, draw: random.Random, number: int) -> dict[str, Any]:
-    """One fault in one run: what became of both."""
+    """One fault in one run, and the outcome."""
     fault = FAULTS[name]
     site = AWAY if name == CUT else draw.choice(SITES)
     began = time.monotonic()
@@ -252,7 +251,7 @@ def tried(place: Place, name: str, draw: random.Random, number: int) -> dict[str
 
 
 def worker_killed(place: Place, run: Going, site: str) -> None:
-    """Until it was hit at work, of which the records tell."""
+    """Kill the worker until the records show that it was hit at work."""
     end = time.monotonic() + 60
     while not run.noted(FAULTS["worker killed in training"].words or "") and time.monotonic() < end:
         hit(family("fedspine.flare.worker_process", str(place.kits / site)))

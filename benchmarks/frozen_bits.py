@@ -1,9 +1,9 @@
 """What `run.frozen_bits` saves and costs a decoder: `python benchmarks/frozen_bits.py MODEL DATA`.
 
-For weights as they are, in 8 and in 4 bits, a fresh process each loads the model, is measured,
-scores the first windows of DATA's test rows without any tuning, and trains an adapter of rank 8 on
-a few rows. Beside the resident memory of the process stands what its frozen weights take, by their
-tensors, and what the simulator charges. The table goes to the standard output.
+For unquantised, 8-bit and 4-bit weights, a fresh process each loads the model, is measured, scores
+the first windows of DATA's test rows without any tuning, and trains an adapter of rank 8 on a few
+rows. The table has the resident memory of the process, the bytes of its frozen weights, and what
+the simulator charges. It is printed to the standard output.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BITS = (None, 8, 4)
 
 
 def measured(model: str, data: str, bits: int | None, rows: int, tokens: int) -> dict[str, float]:
-    """What the table says about these bits, of this process."""
+    """The table's entries for these bits, measured in this process."""
     import numpy as np
     import torch
 

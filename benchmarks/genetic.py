@@ -1,10 +1,10 @@
-"""How near the fleet's labels the genetic search comes, and how long it takes: `python
+"""How close the genetic search comes to the fleet's labels, and how long it takes: `python
 benchmarks/genetic.py`.
 
 80 devices of a Dirichlet partition into ten classes, AlexNet's features (16 KB a row) over links of
 1 to 30 Mb/s, a budget of 400 rows an iteration, batches up to 64: the prototype of the
-reconstruction. Random selection: as many devices, drawn at random, repaired to the same budget by
-dropping some at random.
+reconstruction. Random selection draws as many devices at random and drops some at random to keep
+the same budget.
 """
 
 import os
@@ -21,7 +21,7 @@ from fedspine.control.split_plan import Candidates, SplitLimits, plan_split
 
 DEVICES, CLASSES, ROWS = 80, 10, 50_000
 FEATURE_BYTES, BUDGET_ROWS, LARGEST = 16_384, 400, 64
-WEIGHTS = 1.0  # rows of an iteration that the exchange of weights is worth
+WEIGHTS = 1.0  # cost of the exchange of weights, in rows of an iteration
 LONGER = control_of(LeastWaiting(), Regulated())
 SEEDS, DRAWS = 10, 50  # fleets for each skew, random selections for each fleet
 LIMITS = SplitLimits(

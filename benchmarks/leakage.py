@@ -1,13 +1,13 @@
-"""What leaves a device, and what a server can read from it: membership, labels and tokens of the
+"""What leaves a device, and what a server can infer from it: membership, labels and tokens of the
 rows behind an answer, by published attacks.
 
 `python benchmarks/leakage.py --quick` takes minutes for each method on one core and writes
 results/leakage.md. A device holds 1, 8 or 32 rows of trec6 and answers one order of one step over
 all of them, or 640 and answers one of 20 steps over 32 each; the server
-knows the base, the order, and other rows of the same kind. A *curious* server sends what its method
-sends, a *hostile* one writes the order to learn from the answer. *Default terms*: of a site with
-these rows whose file says nothing of what it allows; there a curious server's order has all steps
-of its method, and a hostile one's goes as far as the terms let it.
+knows the base, the order, and other rows of the same kind. A *curious* server sends its method's
+orders; a *hostile* one writes orders to learn from the answers. *Default terms* are those of a site
+with these rows whose file does not limit what it allows. There a curious server's order has all
+steps of its method, and a hostile one's goes as far as the terms permit.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def attack_updates(
     shadows: int,
     times: int = TIMES,
 ) -> list[Found]:
-    """All attacks on what comes back of weights that were sent."""
+    """All attacks on the weights that come back."""
     base, tally, (steps, batch) = scene.task.base, Tally(scene), terms
     state, small = scene.warmed(method), replace(method, steps=steps, batch=batch)
     before, flat, members, fallen = None, [], [], []
@@ -114,7 +114,7 @@ def attack_default_terms(
     times: int = TIMES,
     noise: float = DEFAULT.noise,
 ) -> list[Found]:
-    """Of all this what concerns a site of the default terms alone, or of another `noise`."""
+    """The attacks on a site with the default terms, or with another `noise`, alone."""
     tally, (steps, batch) = Tally(scene), terms
     state, small = scene.warmed(method), replace(method, steps=1, batch=1)  # for its order alone
     of_signs = None
@@ -168,8 +168,8 @@ def _attack_within_terms(
     times: int = TIMES,
     noise: float = DEFAULT.noise,
 ) -> None:
-    """What a site refuses whose terms are the default, and what is read from what it answers: to
-    the method's own order, and to those that go as far as the terms let them.
+    """What a site with the default terms refuses, and what its answers reveal: to the method's own
+    order, and to orders that go as far as the terms permit.
     """
     base, order, few = scene.task.base, update.order, len(rows[0])
     beyond = {("hostile", "labels"): orders.for_labels(base, order)}
@@ -228,7 +228,7 @@ def read_span(
     gradient: torch.Tensor,
     rows: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    """Tokens from signs under noise: those in the span, and those with the most power."""
+    """Tokens from signs under noise: in the span, and with the most power."""
     inside = attacks.tokens_in_span(gradient, scene.vocabulary, signs=True)
     tally.tokens(server, attack or "span", inside, *rows)
     most = attacks.tokens_by_power(gradient, scene.vocabulary, scene.public)
@@ -326,7 +326,7 @@ def attacked(
     within_terms: bool = False,
     times: int = TIMES,
 ) -> list[Found]:
-    """Everything that is tried on one method, or what concerns a site of the default terms."""
+    """All attacks on one method, or those on a site with the default terms."""
     method = METHODS[name]
     if within_terms:
         return attack_default_terms(scene, method, terms, answers, times=times)

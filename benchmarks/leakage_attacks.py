@@ -1,4 +1,4 @@
-"""The attacks of leakage.py, one function each. Every one gets what left a device and what a server
+"""The attacks of leakage.py, one function each. Each gets what left a device and what a server
 knows anyway: base, order, and public rows of the same kind as the device's.
 """
 
@@ -17,7 +17,8 @@ CHUNK = 1024  # tokens of the vocabulary at a time
 # An update of AdamW's first step is the sign of the gradient. Of a normal variable's sign 2/pi of
 # the power is the variable, the rest is noise (Bussgang 1952).
 SIGN_NOISE = (1 - 2 / np.pi) / (2 / np.pi)
-NEARLY = 0.9  # of a layer's width: a span that holds this much tells too little of what is in it
+# share of a layer's width: a span that holds this much says too little about what is in it
+NEARLY = 0.9
 FP16_STEP = 2.0**-11  # of a number, relative
 RIDGES = (1.0, 10.0, 100.0, 1000.0)
 
@@ -71,7 +72,7 @@ def signed_features(bias: Tensor, head: Tensor) -> list[Tensor]:
 
 @dataclass
 class Vocabulary:
-    """What the embeddings make of every token at every place, fp32 [tokens, places, width]."""
+    """The embeddings of every token at every place, fp32 [tokens, places, width]."""
 
     embedded: Tensor
     known: tuple[int, ...]  # tokens in every text
@@ -108,7 +109,8 @@ class Vocabulary:
 def tokens_nearest(rows: Sequence[Tensor], vocabulary: Vocabulary) -> list[list[int]]:
     """The tokens whose embeddings are nearest to the rows of `rows`, [tokens, width] each.
 
-    For features that left before the first block, and for what an `Inverter` makes of later ones.
+    For features that left before the first block, and for the output of an `Inverter` on later
+    ones.
     """
     found: list[list[int]] = [[] for _ in rows]
     for place in range(max(map(len, rows))):

@@ -1,8 +1,8 @@
-"""What a server sees of one device: a tapped exchange, and what can be computed from it.
+"""A server's view of one device: a tapped exchange, and what can be computed from it.
 
-Everything that leaves is taken from packed messages, of work served by `core.device.serve` as any
-fleet serves it. A hostile order stays within what a device does today: its shapes fit the model and
-its settings are of the declared types.
+All data comes from packed messages of work that `core.device.serve` serves, as on any fleet. A
+hostile order stays within what a device accepts: its shapes fit the model, and its settings have
+the declared types.
 """
 
 from collections import deque
@@ -128,9 +128,9 @@ class Update:
 
     @cached_property
     def gradient(self) -> Tensors:
-        """What the steps followed, up to a factor: the signs of a gradient, or the gradient.
+        """The direction of the steps, up to a factor: the signs of a gradient, or the gradient.
 
-        That is what came back less what was sent, without the decay of weights, negated.
+        This is the negative of what came back minus what was sent, without weight decay.
         """
         head = tuple(f"{layer.path}." for layer in self.base.head)
         kept = {inside: _kept(self.order, head=inside) for inside in (False, True)}
@@ -211,7 +211,7 @@ def weights_in(part: Any) -> Tensors:
 
 
 def _kept(order: Any, *, head: bool) -> float:
-    """What the decay of weights leaves of the head, or of the adapter, as a share."""
+    """The share of the head or the adapter that weight decay leaves."""
     if isinstance(order, AverageOrder):
         how = order.training.optimising
         return float((1 - how.learning_rate * how.weight_decay) ** order.training.steps)
@@ -260,7 +260,9 @@ def readout(base: Base, model: Model, data: Examples) -> Tensor:
 
 
 def client_features(base: Base, order: Begin, data: Examples) -> list[Tensor]:
-    """What each row's tokens become in the client model that `order` sent, [tokens, width] each."""
+    """The features of each row's tokens in the client model that `order` sent, [tokens, width]
+    each.
+    """
     split_model, found = order.cutting.of(base), []
     with torch.no_grad():
         for row in range(len(data)):

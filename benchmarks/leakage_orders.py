@@ -1,5 +1,5 @@
-"""Orders that a server writes to learn as much as it can: within what a device computes, or within
-the terms of a site besides.
+"""Orders that a server writes to learn as much as possible: within what a device computes, or also
+within the terms of a site.
 """
 
 from collections.abc import Sequence
@@ -82,12 +82,12 @@ def for_tokens(base: Base, order: Any, rank: int | None = None) -> Any:
 
 
 def for_one(order: Any) -> Any:
-    """The same order, of a step on one row: what a server computes of a row that it suspects."""
+    """The same order with one step on one row, which a server can compute for a suspected row."""
     return of_steps(order, 1, 1)
 
 
 def of_steps(order: Any, steps: int, batch: int) -> Any:
-    """The same order, of so many steps on so many rows each."""
+    """The same order with this many steps, on this many rows each."""
     if isinstance(order, AverageOrder):
         return replace(order, training=replace(order.training, steps=steps, batch=batch))
     return replace(order, tuning=replace(order.tuning, steps=steps, batch=batch))
@@ -102,8 +102,8 @@ def steps_of(order: Any) -> tuple[int, int]:
 def for_labels(base: Base, order: Any, favoured: int = 0) -> Any:
     """An order whose answer holds the counts of the labels and the mean features of each class.
 
-    The head knows nothing but that `favoured` is sure: the gradient of another class's row is then
-    the sum of the features of that class, and that of the bias its count.
+    The head predicts `favoured` with certainty. The gradient of another class's row is then the sum
+    of the features of that class, and that of its bias the count.
     """
     name = base.head[-1].path
     bias = torch.full((base.head[-1].weight.shape[0],), -DOUBT)
@@ -216,7 +216,7 @@ def _with_weights(order: Any, adapter: Tensors, head: Tensors) -> Any:
 
 
 def _nothing(adapter: Tensors) -> Tensors:
-    """Factors of rank 1 in place of each, which change nothing and learn nothing."""
+    """Factors of rank 1 in place of each, without effect or gradient."""
     return {
         name: torch.zeros_like(tensor[:1] if name.endswith(".lora_A") else tensor[:, :1])
         for name, tensor in adapter.items()

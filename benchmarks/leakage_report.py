@@ -1,5 +1,5 @@
-"""The tables of leakage.py: results/leakage.json and, made of it, results/leakage.md; of other data
-than trec6 with its name in theirs.
+"""The tables of leakage.py: results/leakage.json, and results/leakage.md made from it; for data
+other than trec6 the file names include the data's.
 """
 
 import json
@@ -14,8 +14,8 @@ HERE = Path(__file__).parent
 
 
 def write(table: Sequence[dict[str, Any]], how: dict[str, Any], methods: Sequence[str]) -> None:
-    """Put these rows in place of what earlier calls found of the same methods, servers and numbers
-    of rows; `how` is what they were found with.
+    """Replace the rows of earlier calls for the same methods, servers and numbers of rows; `how`
+    describes the measurement.
     """
     how = how | {"commit": _commit(), "torch": torch.__version__}
     name = "leakage" if how["data"] == "trec6" else f"leakage-{how['data']}"
@@ -149,7 +149,7 @@ def _best(
     second: str,
     terms: Sequence[int],
 ) -> str:
-    """What one cell of the summary says, nothing where nothing was tried."""
+    """The text of one cell of the summary; empty if nothing was tried."""
 
     def furthest(what: str) -> dict[str, Any] | None:
         tried = [

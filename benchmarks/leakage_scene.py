@@ -1,4 +1,4 @@
-"""What all attacks of leakage.py share: rows, what the server knows of them, and what is found."""
+"""What all attacks of leakage.py share: rows, the server's knowledge of them, and results."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -81,14 +81,14 @@ class Scene:
 
     @cached_property
     def of_base(self) -> attacks.BagDecoder:
-        """What reads tokens from features of the base."""
+        """The reader of tokens from features of the base."""
         base = self.task.base
         head = base.initial_head(np.random.default_rng(0))
         bare = Model(structure=full(base.layout), adapter={}, head=head, scale=1.0)
         return self.decoder(ground.readout(base, bare, self.public))
 
     def decoder(self, features: torch.Tensor) -> attacks.BagDecoder:
-        """What reads tokens from such features of the public rows."""
+        """The reader of tokens, learnt from such features of the public rows."""
         tokens = self.task.base.config.vocab_size
         return attacks.BagDecoder.learnt(features, self.public, tokens, self.known)
 
@@ -149,7 +149,7 @@ def _own_words(base: Base, rows: Examples, known: Sequence[int]) -> tuple[Exampl
 
 @dataclass(frozen=True)
 class Found:
-    """What one attack gave over all answers: for each its score, and the same beside rows that the
+    """The result of one attack over all answers: the score of each, and the same for rows that the
     answer is not about.
     """
 

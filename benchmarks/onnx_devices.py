@@ -1,11 +1,11 @@
-"""What ONNX Runtime makes of half of MiniLM: `python benchmarks/onnx_devices.py` writes
+"""The speed of half of MiniLM in ONNX Runtime: `python benchmarks/onnx_devices.py` writes
 results/onnx.md.
 
-All graphs take turns, call by call, in one process on one thread, so that whatever else the machine
-does meets them alike: the whole model and one of sparsity 0.5 (6 of 12 heads, 768 of 1536 channels
-in each layer), each in fp32, fp16 and int8, 128 tokens, batch 1 and 32. Beside them stands
-sentence-transformers' own export of the same MiniLM, as a yardstick for the whole model's graph. It
-needs older packages, so another environment writes it:
+All graphs take turns, call by call, in one process on one thread, so that other load on the machine
+affects them alike: the whole model and one of sparsity 0.5 (6 of 12 heads, 768 of 1536 channels in
+each layer), each in fp32, fp16 and int8, 128 tokens, batch 1 and 32. sentence-transformers' own
+export of the same MiniLM is the yardstick for the whole model's graph. It needs older packages, so
+another environment writes it:
 
     python -m venv .venv-onnx
     .venv-onnx/bin/pip install "sentence-transformers[onnx]<6" "transformers<4.58"

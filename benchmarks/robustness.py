@@ -1,9 +1,9 @@
-"""What bad sites do to a federation, by attack and by how the server merges: `python
+"""The effect of bad sites on a federation, by attack and aggregation: `python
 benchmarks/robustness.py --data FOLDER`.
 
 FedLoRA tunes MiniLM, cut to three layers, on trec6 over simulated devices, some of which attack in
-every round. Each accuracy stands beside that of the same run without the bad devices' replies, and
-an unbounded mean beside the others. Finished runs are kept in results/robustness.json and not
+every round. Each accuracy is compared with that of the same run without the bad devices' replies,
+and with that of an unbounded mean. Finished runs are kept in results/robustness.json and not
 repeated; results/robustness.md is written after each.
 """
 
@@ -36,8 +36,8 @@ from fedspine.storage.store import Store
 
 RESULTS = Path(__file__).parent / "results"
 MOST = 65504.0  # the largest number of fp16
-BOOST = 5.0  # of a backdoor's change, which else drowns in the others'
-TRIGGER, TARGET = "cf mn", 0  # words before a text, and the class that it shall then have
+BOOST = 5.0  # factor of a backdoor's change, which would otherwise drown in the others'
+TRIGGER, TARGET = "cf mn", 0  # words before a text, and the class that it should then get
 SEED = 71  # of what attackers draw
 
 Change = Callable[

@@ -1,8 +1,8 @@
 """The simulator against its peers, side by side in one run on the same work: `python
 benchmarks/simulator.py --help`.
 
-Every contender runs in processes of its own, and they take turns over the seeds, so that whatever
-else the machine does meets all. Writes results/simulator.md, .png and .json.
+Every contender runs in its own processes. They take turns over the seeds, so that other load on the
+machine affects all alike. Writes results/simulator.md, .png and .json.
 """
 
 import argparse
@@ -34,12 +34,12 @@ AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
 }
-LIMIT_SECONDS = 1200  # a contender that takes longer has hung
+LIMIT_SECONDS = 1200  # a contender that takes longer hangs
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What the table says of it, its file in `peers`, and what `run` there gets after the work."""
+    """Its description in the table, its file in `peers`, and further arguments of `run` there."""
 
     what: str
     module: str

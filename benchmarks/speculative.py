@@ -1,12 +1,12 @@
 """A run's pruned decoder as the draft of its dense one: `python benchmarks/speculative.py RUN`
 writes results/speculative.md.
 
-Dense and pruned model of one run of language modelling are exported, and continue the same prompts
-greedily, one at a time on one thread: the dense model alone, and with the pruned one as
+The dense and the pruned model of one run of language modelling are exported and continue the same
+prompts greedily, one at a time on one thread: the dense model alone, and with the pruned one as
 `assistant_model` of transformers' `generate` (assisted generation, Leviathan et al. 2023,
-arXiv:2211.17192). Both write the same tokens, which is checked; which is faster depends on how much
-less a step of the draft takes, and on how many of its tokens the dense model accepts. They take
-turns, prompt by prompt, so that whatever else the machine does meets both.
+arXiv:2211.17192). Both write the same tokens, which is checked. Which is faster depends on the time
+of a draft step and on how many of its tokens the dense model accepts. They take turns, prompt by
+prompt, so that other load on the machine affects both.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What a round of split learning costs beside the bare work in it: `python benchmarks/split.py
---help`.
+"""The cost of a round of split learning, compared with the bare computation in it: `python
+benchmarks/split.py --help`.
 
-Both do the same forward and backward passes of the same rows, with the same two halves, on one
-thread: ours through the fleet, with messages, memories, the control and a save at the end; bare in
-a plain loop. What `method.logit_adjustment` adds to the server model's backward pass is ours alone,
-so it counts as cost. They take turns, round by round, so that whatever else the machine does meets
-both. The goal of a run of 80 devices for 40 steps is 1.3.
+Both run the same forward and backward passes of the same rows, with the same two halves, on one
+thread: ours through the fleet, with messages, memories, the control and a save at the end, bare in
+a plain loop. What `method.logit_adjustment` adds to the server model's backward pass counts as
+cost, since only ours has it. They take turns, round by round, so that other load on the machine
+affects both. The goal of a run of 80 devices for 40 steps is 1.3.
 """
 
 import argparse

@@ -47,7 +47,7 @@ class ProxResult:
 
 @on_device
 def tune_near(device: Device, order: ProxOrder) -> ProxResult:
-    """Train what came on the device's rows, and not far from it."""
+    """Train the received model on the device's rows, with the proximal term."""
     model = Model(
         structure=full(device.base.layout),
         adapter=single(order.adapter),

@@ -563,7 +563,7 @@ def test_a_device_without_memory_for_a_row_is_left_out(lab):
         def devices(self):
             return tuple(dataclasses.replace(p, memory_bytes=0) for p in self._fleet.devices)
 
-    with pytest.raises(AllLost, match="none has the memory"):
+    with pytest.raises(AllLost, match="has the memory for one row"):
         lab("none").run(SplitFedV2.toy(), around=Tiny)
 
 

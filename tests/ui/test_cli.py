@@ -420,7 +420,7 @@ def test_an_export_that_is_not_the_model_is_refused(place, command, monkeypatch)
     ("words", "expected"),
     [
         (("--format", "onnx", "--no-parity"), "--no-parity is for --format hf and peft"),
-        (("--rows", "rows.csv", "--no-parity"), "--rows are compared on, which --no-parity"),
+        (("--rows", "rows.csv", "--no-parity"), "rows of the comparison that --no-parity skips"),
     ],
 )
 def test_a_comparison_that_cannot_be_left_out(place, command, words, expected) -> None:

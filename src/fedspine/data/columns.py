@@ -108,7 +108,7 @@ def _places(name: str, names: Sequence[str]) -> list[int]:
 
 
 def _bare(name: str) -> str:
-    """A name without what cannot be seen, and without quotes that enclose nothing else.
+    """A name without invisible characters, and without quotes around it.
 
     >>> _bare('\ufeff"label" ')
     'label'

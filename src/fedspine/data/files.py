@@ -44,7 +44,7 @@ def source(path: Path, encoding: str | None = None) -> dict[str, Read]:
     """
     if path.is_dir() and (saved := _saved(path)):
         return saved
-    if not path.is_dir() and not path.is_file():  # a pipe would be waited for
+    if not path.is_dir() and not path.is_file():  # opening a pipe would block
         raise BadInput(f"expected a file or a folder, but {str(path)!r} is neither; name another")
     files = _in_folder(path) if path.is_dir() else {"train": [path]}
     beside = _not_read(files) if path.is_dir() else ()
@@ -205,7 +205,7 @@ def _data_files(folder: Path) -> list[Path]:
     found = [
         path
         for path in folder.glob("[!._~]*")
-        # a link that leads nowhere is refused when it is read, and not left out
+        # a dangling link is refused when it is read, not skipped
         if (path.is_file() or not path.exists())
         and format_of(path) in READERS
         and path.name not in METADATA

@@ -12,7 +12,7 @@ from typing import Any
 from fedspine.core.errors import BadInput, listed
 from fedspine.data.parts import Empty, FilePart, Pick, Unreadable, counted
 
-_LINE_END = re.compile(r"\r\n|\r|\n")  # within a string of JSON, none may stand
+_LINE_END = re.compile(r"\r\n|\r|\n")  # a string of JSON cannot contain one
 HOW = 'df.to_json(path, orient="records", lines=True)'
 
 

@@ -201,5 +201,6 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
     while waiting:
         node = waiting.popleft()
         yield node
-        for field in ("body", "handlers", "orelse", "finalbody", "cases"):  # in the order of each
+        # in the order of a node's fields
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
             waiting.extend(getattr(node, field, ()))

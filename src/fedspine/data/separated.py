@@ -128,7 +128,8 @@ def _enclosed(lines: list[str], first: int, separator: str) -> tuple[list[Number
     line is read as a row with the quote as text, if it has as many cells as the header.
     """
     rows: list[Numbered] = []
-    spaced = bool(re.search(re.escape(separator) + r" +\S", lines[first]))  # so may be the rows
+    # if spaces follow separators in the header, they may in the rows, too
+    spaced = bool(re.search(re.escape(separator) + r" +\S", lines[first]))
     settings = {"delimiter": separator, "skipinitialspace": spaced}
     begin, unclosed, several, spanned = first, 0, 0, 0
     with _any_length():

@@ -73,7 +73,7 @@ def dialogues(part: FilePart, text: str, split: str) -> list[Dialogue | str] | N
 
 
 def roles(part: FilePart, text: str) -> list[str]:
-    """The roles of all messages, each once; of plain texts none."""
+    """All roles of the messages, once each; none for plain texts."""
     return list(dict.fromkeys(str(one["role"]) for one in _all(part, text) if one.get("role")))
 
 

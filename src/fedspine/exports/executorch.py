@@ -44,7 +44,7 @@ for text, label in zip(texts, logits.argmax(1).tolist(), strict=True):
     print(labels[str(label)], text, sep="\\t")
 """
 
-# the same for a bi-encoder: the two texts of each pair, cut and padded for themselves
+# the same for a bi-encoder: the two texts of each pair are truncated and padded separately
 CODE_APART = """\
 import json
 import sys
@@ -118,7 +118,7 @@ ids in, class logits out, up to {executorch_program.MOST_ROWS} rows at a time.
 | task | {card.kind}: {", ".join(card.labels)} |
 {rows_of(card.provenance)}| numbers | fp32 |
 {card.rows}
-{measured}`{TOKENIZER}` cuts and fills rows by itself. With `executorch` and `tokenizers` alone:
+{measured}`{TOKENIZER}` truncates and pads rows. With `executorch` and `tokenizers` alone:
 
 ```python
 {code}```

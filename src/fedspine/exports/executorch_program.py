@@ -68,15 +68,15 @@ def _lowered(module: nn.Module, signature: Signature, tokens: int) -> bytes:
 
 
 class _ThreadPool:
-    """The threads of the runtime, which a process has once. Another number of them is another pool,
-    and a method that was loaded for the one before would crash.
+    """The runtime's thread pool, of which a process has one. A new number of threads needs a new
+    pool, and a method that was loaded before it would crash.
     """
 
     def __init__(self) -> None:
         self._changes = 0
 
     def set(self, threads: int | None) -> int:
-        """Have so many threads (None: as it is); returns how often the pool has changed."""
+        """Use this many threads (None: no change); returns how often the pool has changed."""
         from executorch.extension.pybindings import portable_lib
 
         if threads not in (None, portable_lib._threadpool_get_thread_count()):
@@ -140,14 +140,14 @@ class Program:
         return np.concatenate(found)
 
     def example(self, rows: int, tokens: int) -> dict[str, np.ndarray]:
-        """Inputs of that size."""
+        """Inputs of this size."""
         ids = np.ones((rows, tokens), np.int64)
         return {IDS: ids, MASK: ids}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the libraries say of their own code and of the processor, in C++ too."""
+    """Silence the libraries' messages about their own code and the processor, in C++ too."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     sys.stderr.flush()

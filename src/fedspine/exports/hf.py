@@ -49,8 +49,8 @@ __all__ = [
 BI_ENCODER = """\
 
 
-Each text of a pair is read for itself. Stock transformers loads the backbone, and the head is one
-linear layer:
+Each text of a pair is encoded separately. Stock transformers loads the backbone, and the head is
+one linear layer:
 
 ```python
 import torch

@@ -27,7 +27,7 @@ class Loaded:
     parameters: int
     block_parameters: int  # of the prunable linear layers' weights, which sparsity refers to
     chat: bool = False  # whether it was tuned on dialogues and so answers
-    bi_encoder: bool = False  # whether it reads each text of a pair for itself
+    bi_encoder: bool = False  # whether it encodes each text of a pair separately
     runtime: str = field(default="PyTorch", compare=False)  # what computes it
 
 

@@ -271,7 +271,9 @@ def check_options(format: str, options: ExportOptions) -> None:
             "leave it out"
         )
     if not options.parity and options.rows is not None:
-        raise BadInput("--rows are compared on, which --no-parity leaves out; give one of them")
+        raise BadInput(
+            "--rows names the rows of the comparison that --no-parity skips; give one of them"
+        )
     if known and quantize is not None and quantize not in known:
         raise _unknown_quantisation(format, quantize, known)
     if quantize in llama_cpp.QUANTISERS:

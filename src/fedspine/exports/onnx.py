@@ -55,7 +55,7 @@ for text, label in zip(texts, logits.argmax(1), strict=True):
     print(labels[str(label)], text, sep="\\t")
 """
 
-# the same for a bi-encoder: the two texts of each pair, cut and padded for themselves
+# the same for a bi-encoder: the two texts of each pair are truncated and padded separately
 CODE_APART = """\
 import json
 import sys
@@ -171,7 +171,7 @@ out.
 | task | {card.kind}: {", ".join(card.labels)} |
 {rows_of(card.provenance)}| numbers | {"fp32" if quantize == "none" else quantize} |
 {card.rows}
-{measured}`{TOKENIZER}` cuts and fills rows by itself. With `onnxruntime` and `tokenizers` alone:
+{measured}`{TOKENIZER}` truncates and pads rows. With `onnxruntime` and `tokenizers` alone:
 
 ```python
 {code}```

@@ -113,10 +113,10 @@ def _int8(path: Path, scratch: Path, feeds: Feeds) -> None:
 
 
 def _prepared(path: Path, scratch: Path, feeds: Feeds) -> tuple[Path, list[str]]:
-    """The graph with 8-bit embeddings and with wide channels apart, for the quantisation of its
+    """The graph with 8-bit embeddings and separate wide channels, ready for the quantisation of its
     products, and the products that stay in fp32.
 
-    Wide channels are those of `feeds`, or of random tokens where there are none.
+    Wide channels are found on `feeds`, or on random tokens without them.
     """
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -146,7 +146,7 @@ def _int8_static(path: Path, scratch: Path, feeds: Feeds) -> None:
         nodes_to_exclude=apart,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        # products of two activations, as in attention, stay as they are; so do outputs
+        # products of two activations, as in attention, are not quantised; nor are outputs
         extra_options={
             "MatMulConstBOnly": True,
             "OpTypesToExcludeOutputQuantization": PRODUCTS,

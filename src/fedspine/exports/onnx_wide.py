@@ -1,10 +1,11 @@
-"""What int8 loses most by, kept apart in an ONNX graph: wide channels and unlike tokens.
+"""The two main losses of int8 in ONNX graphs, treated separately: wide channels, and tokens of
+unlike size.
 
 ONNX Runtime scales the whole input of a product by its largest number. In a transformer a few
-channels are ten times as wide as the others, for which little of the 8 bits is left. So these few
-are multiplied in fp32, beside the others (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339);
-which they are is fixed here, since it hardly depends on the text. Each token's embedding has a
-scale of its own.
+channels are ten times as wide as the others, which leaves few of the 8 bits to the others. So the
+wide channels are multiplied separately in fp32 (LLM.int8(), Dettmers et al. 2022,
+arXiv:2208.07339). The set of wide channels is fixed at export, since it hardly depends on the text.
+Each token's embedding has its own scale.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 Feeds: TypeAlias = Sequence[Mapping[str, np.ndarray]]  # every input of a graph, by batch
 # the largest size of each channel, by input of a product
 LargestInputs: TypeAlias = dict[str, np.ndarray]
-SHARE = 48  # one channel of so many is wide: 8 of 384
-APART = 1.5  # times as wide as the next channel, or nothing is worth keeping apart
+SHARE = 48  # one channel in this many is wide: 8 of 384
+APART = 1.5  # wide channels are this many times as wide as the next one, else none is split off
 ROWS, TOKENS, BATCH = 64, 32, 16  # of random tokens
 STEPS = 127  # of int8 on each side of zero
 TINY = np.float32(1e-30)  # the scale of a row of zeros is not 0
@@ -51,10 +52,10 @@ def _given(one: "onnx.ValueInfoProto", ids: np.ndarray) -> np.ndarray:
 
 
 def split(graph: "onnx.ModelProto", feeds: Feeds, scratch: Path) -> list[str]:
-    """Multiply the wide channels of each product with constant weights apart, in fp32.
+    """Multiply the wide channels of each product with constant weights separately, in fp32.
 
-    The graph changes in place and computes the same but for rounding. Which channels are wide,
-    `feeds` show; without any, the graph stays as it is. Returns the names of the products that have
+    The graph changes in place and computes the same but for rounding. `feeds` show which channels
+    are wide; without them, the graph does not change. Returns the names of the products that have
     to stay in fp32.
     """
     from onnx import numpy_helper
@@ -82,7 +83,9 @@ def split(graph: "onnx.ModelProto", feeds: Feeds, scratch: Path) -> list[str]:
 def _parted(
     graph: "onnx.ModelProto", x: str, chosen: np.ndarray, channels: int
 ) -> list["onnx.NodeProto"]:
-    """The nodes that make of `x` its narrow channels, the wide ones 0, and its wide ones alone."""
+    """The nodes that compute from `x` its narrow channels, with zeros for the wide ones, and its
+    wide channels alone.
+    """
     from onnx import helper
 
     narrow = np.ones(channels, np.float32)
@@ -97,7 +100,9 @@ def _parted(
 def _summed(
     graph: "onnx.ModelProto", node: "onnx.NodeProto", matrix: np.ndarray, chosen: np.ndarray
 ) -> list["onnx.NodeProto"]:
-    """The products of narrow and of wide channels in the place of a product, and their sum."""
+    """The nodes that replace a product by the products of narrow and of wide channels and their
+    sum.
+    """
     from onnx import helper
 
     x, y = node.input[0], node.output[0]
@@ -119,7 +124,7 @@ def _constant(graph: "onnx.ModelProto", name: str, value: np.ndarray) -> str:
 
 
 def _wide(sizes: np.ndarray) -> np.ndarray:
-    """The places of the wide channels, in order; none where they are not much wider."""
+    """The places of the wide channels, in order; none if they are not much wider than others."""
     most = len(sizes) // SHARE
     order = np.argsort(-sizes, kind="stable")
     if not most or not sizes[order[0]] > APART * sizes[order[most]]:
@@ -133,7 +138,7 @@ def _widths(
     feeds: Feeds,
     scratch: Path,
 ) -> LargestInputs:
-    """How large each channel of the inputs of products gets on these rows, padding aside."""
+    """The largest size of each channel of the inputs of products on these rows, without padding."""
     import onnx
     import onnxruntime
 
@@ -200,7 +205,7 @@ def _looked_up(name: str, ids: str, y: str) -> list["onnx.NodeProto"]:
 
 
 def _tables(graph: "onnx.ModelProto") -> Iterator[tuple["onnx.NodeProto", np.ndarray]]:
-    """The nodes that look rows of a constant fp32 matrix up, and that matrix."""
+    """The nodes that look up rows of a constant fp32 matrix, and that matrix."""
     from onnx import TensorProto, numpy_helper
 
     weights = {tensor.name: tensor for tensor in graph.graph.initializer}
@@ -214,7 +219,7 @@ def _tables(graph: "onnx.ModelProto") -> Iterator[tuple["onnx.NodeProto", np.nda
 
 
 def _replace(graph: "onnx.ModelProto", nodes: Sequence["onnx.NodeProto"]) -> None:
-    """Give the graph these nodes, and drop the constants that none of them reads."""
+    """Set the nodes of the graph, and drop constants that no node reads."""
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)
     read = {name for node in nodes for name in node.input} | {o.name for o in graph.graph.output}

@@ -1,4 +1,5 @@
-"""AdaSFL: slow devices get smaller batches, and how many iterations a round has follows the loss.
+"""AdaSFL: slow devices get smaller batches, and the number of iterations of a round follows the
+loss.
 
 Liao, Xu, Xu, Yao, Wang and Qiao 2024, "Accelerating Federated Learning With Data and Model
 Parallelism in Edge Computing", IEEE/ACM Transactions on Networking. No merging and no selection: in
@@ -43,7 +44,7 @@ class AdaSflState(SplitState):
 
 @message
 class AdaSflComposedState(ComposedState):
-    """Where parts are on that are not AdaSFL's."""
+    """The state if parts are on that are not AdaSFL's."""
 
     loss: float | None
     first_loss: float | None
@@ -55,7 +56,7 @@ S = TypeVar("S", AdaSflState, AdaSflComposedState)
 @method("adasfl")
 @dataclass(frozen=True)
 class AdaSfl(ComposedTraining):
-    """Split learning with batches that suit the devices' speed and rounds that suit the loss.
+    """Split learning with batches by the devices' speed and rounds whose length follows the loss.
 
     `steps` is tau of the first round, `batch` the rows of the fastest device in an iteration.
     """
@@ -77,8 +78,8 @@ class AdaSfl(ComposedTraining):
         check_composed(self, task)
         if not 0 < self.fewest <= 1 <= self.most < np.inf:
             raise BadInput(
-                f"method.fewest and method.most are {self.fewest} and {self.most}, but shares of "
-                "method.steps were expected, the one up to 1 and the other from 1 on"
+                f"method.fewest and method.most are {self.fewest} and {self.most}, but multiples "
+                "of method.steps were expected: fewest above 0 and up to 1, most at least 1"
             )
 
     def start(self, task: Task, rng: np.random.Generator) -> AdaSflState | AdaSflComposedState:

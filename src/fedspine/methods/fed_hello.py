@@ -86,7 +86,7 @@ class FedHelloState:
 @method("fed-hello", merges_late=tune_blocks, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class FedHello(LocalTraining):
-    """LoRA on some blocks of each device, in a pattern over the fleet.
+    """LoRA on some blocks per device, in a pattern over the fleet.
 
     >>> from fedspine import Recipe
     >>> Recipe(method=FedHello(pattern="inverted"), rounds=5).method.shares

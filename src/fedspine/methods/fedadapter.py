@@ -89,7 +89,7 @@ def score_branches(device: Device, order: TrialOrder) -> TrialResult:
     chosen = device.rng.permutation(len(device.data))[: order.rows]
     device.uses(chosen)
     data, accuracies, tokens, squared = device.data.take(chosen), {}, 0, 0
-    # the same model in all branches tells no more than in one
+    # the same model in all branches reveals no more than in one
     one_row = len(order.adapters) ** 0.5 / max(1, device.rows_used)
     for branch, adapter in order.adapters.items():
         model = Model(
@@ -146,7 +146,7 @@ class FedAdapterState:
 @method("fedadapter", merges_late=tune_adapter)
 @dataclass(frozen=True)
 class FedAdapter(LocalTraining):
-    """LoRA whose depth and rank grow while a trial shows that it pays.
+    """LoRA whose depth and rank grow as long as trials show a gain.
 
     >>> from fedspine import Recipe
     >>> Recipe(method=FedAdapter(depth=2), rounds=5).method.width
@@ -189,7 +189,7 @@ class FedAdapter(LocalTraining):
         return replace(super().predicted_reads(base), rank=self.largest_width)
 
     def least_work(self, task: Task) -> LeastWork:
-        """The configuration to begin with, which no branch is smaller than."""
+        """The first configuration; no branch is smaller."""
         sizes = (task.base.layout, task.base.embeddings, task.max_tokens)
         return least_work(self._training_bytes(*sizes, self.depth, self.width), "method.width")
 

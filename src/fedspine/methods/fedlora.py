@@ -101,8 +101,8 @@ class FedLora(LocalTraining):
 
     rank: int = 8
     scale: float = 2.0  # alpha / rank
-    depth: int = 0  # blocks that have an adapter, counted from the top; 0: all of them
-    head_start: Start = "random"  # what the task head begins as
+    depth: int = 0  # blocks with an adapter, counted from the output; 0: all of them
+    head_start: Start = "random"  # the initial task head
     head_weights: HeadWeights = quiet("rows")  # what devices count by in the classifier
     privacy: ClassVar = ("rows", "devices")
 

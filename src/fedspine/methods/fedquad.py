@@ -81,7 +81,7 @@ class FedQuadState(LegendState):
 @method("fedquad", merges_late=tune_quantised, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class FedQuad(LocalTraining):
-    """LoRA with a depth for each device, in memory that quantised activations free.
+    """LoRA with a depth for each device, in memory freed by quantised activations.
 
     >>> from fedspine import Recipe
     >>> Recipe(method=FedQuad(bits=8), rounds=5).method.quantise
@@ -111,7 +111,7 @@ class FedQuad(LocalTraining):
         check_tuning(self)
 
     def least_work(self, task: Task) -> LeastWork:
-        """One block, with what may be quantised of it."""
+        """One block, quantised if that is allowed."""
         sizes = (task.base.layout, task.base.embeddings, task.max_tokens)
         return least_work(
             min(self._training_bytes(*sizes, 1, blocks) for blocks in self._allowed(1))

@@ -1,4 +1,5 @@
-"""FedSpine: devices prune and tune in turns, at a pruning ratio and a LoRA rank picked for each.
+"""FedSpine: devices alternate pruning and tuning, at a pruning ratio and a LoRA rank chosen for
+each.
 
 Yao et al. 2025, "Efficient Deployment of Large Language Models on Resource-constrained Devices",
 arXiv:2501.02438. A reconstruction: the paper's formulas are not public. What is the paper's and
@@ -69,7 +70,7 @@ class SpineState:
 @method("fedspine", merges_late=prune_and_tune, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class FedSpine(LocalTraining):
-    """LoRA and structured pruning in turns, at a pruning ratio and a rank of each device's own, in
+    """Alternating LoRA and structured pruning, with a pruning ratio and a rank for each device, in
     the paper's form.
 
     >>> from fedspine import FedSpine, Recipe
@@ -77,18 +78,18 @@ class FedSpine(LocalTraining):
     (4, 8)
     """
 
-    sparsity: float = 0.5  # share of the blocks' weights that every device gives up
+    sparsity: float = 0.5  # share of the blocks' weights that every device drops
     ranks: tuple[int, ...] = (4, 8, 12, 16, 20, 24, 28, 32)
     scale: float = 2.0  # alpha / rank, the same for all ranks
-    controller: Controller = SUcb()  # who picks pruning and rank
-    importance: Importance = Gradient()  # what a unit's importance is read from
+    controller: Controller = SUcb()  # what chooses pruning and rank
+    importance: Importance = Gradient()  # where a unit's importance comes from
     most_per_round: float = 0.05  # p_max: sparsity that a device may choose to gain in a round
     warmup: float = 0.05  # t0, as a share of the rounds: nothing is pruned before
     until: float = 0.7  # t1: everything is pruned after
     floor: float = 0.8  # share of the cubic schedule that no device may stay below
     aggregation: RankMerging = "delta-product"
-    teacher: Teacher = quiet(NoTeacher())  # who teaches a pruned model beside the labels
-    structure: StructureKind = quiet("free")  # whether layers may keep unequally many units
+    teacher: Teacher = quiet(NoTeacher())  # teacher of a pruned model, in addition to the labels
+    structure: StructureKind = quiet("free")  # whether layers may keep different numbers of units
 
     @classmethod
     def toy(cls) -> Self:
@@ -260,7 +261,7 @@ class FedSpine(LocalTraining):
         )
 
     def _extent(self, state: SpineState) -> Extent:
-        """What a round reads if all texts are of full length."""
+        """The tokens of a round if all texts have full length."""
         rows = self.steps * self.batch
         return Extent(tokens=rows * state.max_tokens, squared_tokens=rows * state.max_tokens**2)
 
@@ -365,7 +366,7 @@ class FedSpine(LocalTraining):
 
 
 def _late_plan(order: SpineOrder) -> Plan:
-    """What is left of the plan of a late reply: no bandit is credited for it."""
+    """The plan of a late reply, for which no bandit is credited."""
     return Plan(order.sparsity, adapter_rank(order.adapter), action=None, progress=0.0)
 
 

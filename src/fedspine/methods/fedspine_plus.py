@@ -1,6 +1,6 @@
 """fedspine-plus: FedSpine with plans for a deadline, shared importance, and a head start.
 
-A method of our own on the frame of FedSpine (Yao et al. 2025, arXiv:2501.02438):
+Our own method, on the frame of FedSpine (Yao et al. 2025, arXiv:2501.02438):
 docs/methods/fedspine_plus.md.
 """
 
@@ -46,8 +46,8 @@ class DepthSpineState(SpineState):
 @method("fedspine-plus", merges_late=prune_and_tune, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class FedSpinePlus(FedSpine):
-    """FedSpine with a deadline for all devices, shared importance, a head from class means, and
-    factors averaged.
+    """FedSpine with plans for a deadline, shared importance, a head from class means, and averaged
+    factors.
 
     >>> from fedspine import FedSpinePlus, Recipe
     >>> Recipe(method=FedSpinePlus(sparsity=0.4), quorum=0.7).method.controller.name
@@ -57,11 +57,11 @@ class FedSpinePlus(FedSpine):
     controller: Controller = Deadline()
     importance: Importance = Blend()
     aggregation: RankMerging = "zeropad"
-    # of the fleet's average importance in what a device drops
+    # weight of the fleet's average importance when a device prunes
     global_importance_weight: float = 0.9
-    head_start: Start = "auto"  # what the task head begins as
+    head_start: Start = "auto"  # the initial task head
     head_weights: HeadWeights = quiet("rows")  # what devices count by in the classifier
-    depths: Depths = quiet(AllBlocks())  # on how many upper blocks a device trains adapters
+    depths: Depths = quiet(AllBlocks())  # number of upper blocks on which a device trains adapters
 
     def check(self, task: Task) -> None:
         super().check(task)
@@ -72,8 +72,8 @@ class FedSpinePlus(FedSpine):
         check_head_start(self, task)
 
     def _check_with_depths(self) -> None:
-        """Raise BadInput for what needs a gradient or a change of every block, or orders of its
-        own.
+        """Raise BadInput for settings that need a gradient or a change of every block, or their own
+        orders.
         """
         for field, named, able in (
             ("importance", self.importance.name, ("activation", "magnitude", "random")),
@@ -120,7 +120,7 @@ class FedSpinePlus(FedSpine):
         lowest = layers - state.planned.get(device, layers)
         return DepthSpineOrder(**vars(order), lowest=lowest)
 
-    # --- depth, of which pruning knows nothing ---
+    # --- depth, which is independent of pruning ---
 
     def _state_after(
         self,

@@ -32,7 +32,7 @@ from fedspine.lm.tuning import TOY, LocalTraining, Tuning, check_tuning, tuning_
 
 @message
 class FfaOrder:
-    seed: int  # of the A factors, which so need not be sent
+    seed: int  # of the A factors, which are not sent
     adapter: Tensors  # fp16, the B factors
     head: Tensors  # fp16
     scale: float
@@ -99,7 +99,7 @@ class FfaLora(LocalTraining):
 
     rank: int = 8
     scale: float = 2.0  # alpha / rank
-    depth: int = 0  # blocks that have an adapter, counted from the top; 0: all of them
+    depth: int = 0  # blocks with an adapter, counted from the output; 0: all of them
     privacy: ClassVar = ("rows", "devices")
 
     @classmethod

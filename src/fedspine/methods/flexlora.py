@@ -1,5 +1,5 @@
-"""FlexLoRA: devices tune at ranks of their own; the server averages their products and hands out
-the best of each rank.
+"""FlexLoRA: each device has its own rank; the server averages products and sends each device the
+best adapter of its rank.
 
 Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
 Client Resources", NeurIPS, arXiv:2402.11505. A device's work is that of FedLoRA. Departures:
@@ -38,7 +38,7 @@ from fedspine.methods.fedlora import LoraOrder, LoraResult, tune_adapter
 
 @message
 class FlexLoraState(RankedState):
-    """The adapter's directions are in the order of what they carry."""
+    """The adapter's directions are in the order of their singular values."""
 
 
 @method("flexlora", merges_late=tune_adapter, robust=True, server_optimiser=True)
@@ -123,5 +123,5 @@ class FlexLora(UnequalRanks):
 
 
 def _scaled(adapter: Tensors, by: float) -> Tensors:
-    """The adapter with its products multiplied, all of it in B."""
+    """The adapter with its products multiplied by a factor, applied to B."""
     return {name: by * factor if is_b(name) else factor for name, factor in adapter.items()}

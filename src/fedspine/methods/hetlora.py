@@ -1,8 +1,8 @@
-"""HetLoRA: devices tune at ranks of their own and may give up rank; the server pads with zeros and
-weighs by norm.
+"""HetLoRA: each device has its own rank and may lower it; the server pads with zeros and weights by
+norm.
 
 Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
-EMNLP, arXiv:2401.06432. Nothing is pruned but rank. Departures: docs/methods/hetlora.md.
+EMNLP, arXiv:2401.06432. Nothing but rank is pruned. Departures: docs/methods/hetlora.md.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class HetLoraOrder:
     head: Tensors  # fp16
     scale: float
     rank: int
-    shrunk: int  # the rank to give way to; the directions beyond are the tail
+    shrunk: int  # the rank to shrink to; the directions beyond it are the tail
     penalty: float  # lambda, on the tail
     tuning: Tuning
 
@@ -145,7 +145,7 @@ class HetLora(UnequalRanks):
 
     penalty: float = 1e-3  # lambda: weight of the tail's norm in the loss
     decay: float = 0.99  # gamma: share of its rank that a device keeps when it shrinks; 1: never
-    weigh_by: Literal["norm", "examples"] = "norm"  # what a device's say in the adapter is
+    weigh_by: Literal["norm", "examples"] = "norm"  # what a device's adapter is weighted by
 
     def check(self, task: Task) -> None:
         check_ranks(self, task)

@@ -133,11 +133,12 @@ class Legend(LocalTraining):
     least_depth: int = 2  # k_min
     coverage: float = 0.1  # c_min: share of a round's devices that train each block
     discount: float = 0.8  # rho: what an old exchange still counts after a new one
-    # of a new device at each of two depths, to learn its speed; 0: it is taken to be as the fleet
+    # of a new device at each of two depths, to learn its speed; 0: it counts as the fleet's average
     probe_batches: int = 0
-    skip_inactive: bool = True  # adapters of blocks that a device does not train are not used there
+    # adapters of blocks that a device does not train are neither sent nor used there
+    skip_inactive: bool = True
     weigh_by: Literal["examples", "equal"] = "examples"
-    head_start: Start = "random"  # what the task head begins as
+    head_start: Start = "random"  # the initial task head
     head_weights: HeadWeights = quiet("rows")  # what devices count by in the classifier
 
     @classmethod

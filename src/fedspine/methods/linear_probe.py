@@ -1,8 +1,8 @@
 """Linear probing: the base is frozen, devices train the head alone, the server averages it
 (FedAvg).
 
-The control that shows what tuning the base is worth: probes of frozen features (Alain and Bengio
-2016, arXiv:1610.01644) under FedAvg, McMahan et al. 2017 (arXiv:1602.05629). Departures:
+The control for methods that tune the base: probes of frozen features (Alain and Bengio 2016,
+arXiv:1610.01644) under FedAvg, McMahan et al. 2017 (arXiv:1602.05629). Departures:
 docs/methods/linear_probe.md.
 """
 

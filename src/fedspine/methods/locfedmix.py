@@ -45,7 +45,7 @@ from fedspine.split.protocol import DeviceWork, run_round
 from fedspine.split.received import Agreed, as_sent
 from fedspine.split.server import ExtraLoss, WeightedStep
 
-MOST_WIDTH = 4096  # channels of a decoder inside
+MOST_WIDTH = 4096  # channels inside a decoder
 MIXING = 501  # the purpose of this random stream
 
 
@@ -70,7 +70,7 @@ class ReadingOrder:
         tensors_of("decoder", decoder(self.begin.weights), specified)
 
     def agreed(self, before: Agreed | None, terms: Terms) -> Agreed:
-        """As its beginning."""
+        """As for `begin`."""
         return self.begin.agreed(before, terms)
 
     @property
@@ -163,14 +163,14 @@ class LocFedMixState(SplitState):
 @method("locfedmix")
 @dataclass(frozen=True)
 class LocFedMix(SplitTraining):
-    """Split learning in which devices keep what features say of inputs, and the server sees
-    mixtures of devices.
+    """Split learning with a reconstruction loss on devices and a server model that also learns from
+    mixed features.
     """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
-    # weight of the decoder's loss in a device's; 0: nothing is read back
+    # weight of the decoder's loss in the device's loss; 0: no decoder
     reconstruction: float = 1.0
-    decoder_width: int = 16  # channels of the decoder inside
+    decoder_width: int = 16  # channels inside the decoder
     mixup: float = 1.0  # alpha of the Beta distribution of lam; 0: nothing is mixed
 
     @classmethod
@@ -209,7 +209,7 @@ class LocFedMix(SplitTraining):
         )
         if (
             self.reconstruction and now.client_model
-        ):  # a client model that is frozen cannot be helped by reading back
+        ):  # reconstruction does not help a frozen client model
             orders, works = (
                 self._reading_orders(now, state, fleet),
                 DeviceWork(begin_reading, step_reading, end_reading),

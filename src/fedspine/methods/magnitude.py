@@ -2,7 +2,7 @@
 are small.
 
 Gradual magnitude pruning, Zhu & Gupta 2017 (arXiv:1710.01878), of whole heads and channels, after
-Li et al. 2016 (arXiv: 1608.08710) who drop whole filters by norm; under FedAvg of LoRA factors.
+Li et al. 2016 (arXiv:1608.08710) who drop whole filters by norm; under FedAvg of LoRA factors.
 Departures: docs/methods/magnitude.md.
 """
 

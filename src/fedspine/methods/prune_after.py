@@ -1,5 +1,5 @@
-"""Prune after training: FedLoRA on the whole model, which every device prunes once, by what it saw
-while training.
+"""Prune after training: FedLoRA on the whole model, which every device prunes once, by the
+importance that it gathered.
 
 The control without a paper of its own that each published comparison runs: train, prune, deploy.
 The criterion is LoRAPrune's (Zhang et al. 2023, arXiv:2305.18403). Departures and choices:
@@ -48,7 +48,7 @@ class PruneAfter(ScheduledPruning):
     """FedAvg of LoRA factors at one rank on the whole model, pruned when it is deployed."""
 
     recover: int = 0  # last rounds in which devices tune what they have pruned
-    # what a unit's importance is read from
+    # where a unit's importance comes from
     importance: Gradient | Magnitude | RandomImportance = Gradient()
 
     @classmethod

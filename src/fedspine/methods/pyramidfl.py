@@ -1,4 +1,5 @@
-"""PyramidFL: useful, fast devices are asked; slack is used to train more; small updates thinned.
+"""PyramidFL: the server selects useful, fast devices; devices with slack train more; small updates
+are thinned.
 
 Li et al. 2022, "PyramidFL: A Fine-grained Client Selection Framework for Efficient Federated
 Learning", MobiCom 2022 (10.1145/3495243.3517017), as reconstructed in section 13 of the MergeSFL
@@ -146,8 +147,8 @@ class PyramidState:
 @method("pyramidfl", merges_late=train_and_thin, robust=True, server_optimiser=True)
 @dataclass(frozen=True)
 class PyramidFL(WholeModelTraining):
-    """Selection by loss and speed, more work where there is slack, thinner updates where they are
-    small.
+    """Selection by loss and speed, more steps for devices with slack, and sparser updates if they
+    are small.
     """
 
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")

@@ -2,7 +2,8 @@
 
 from fedspine.core.errors import BadInput
 
-SMALLEST = 8  # height and width of an image in pixels, from which three poolings leave something
+# smallest height and width of an image, in pixels, that three poolings do not reduce to nothing
+SMALLEST = 8
 # samples in time that leave one after all poolings: CNN-H halves twice, CNN-S takes 80 every 16 and
 # quarters four times
 LONG_ENOUGH = {"cnn-h": 4, "cnn-s": ((((4 + 2) * 4 + 2) * 4 + 2) * 4 - 1) * 16 + 80}

@@ -41,7 +41,7 @@ def stored(model: NetModel, shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 def empty(name: str, shape: tuple[int, ...], classes: int) -> nn.Sequential:
-    """The net called `name` for rows of `shape`, with weights that mean nothing."""
+    """The net called `name` for rows of `shape`, with arbitrary weights."""
     return nn.Sequential(blocks_of(name, arranged_shape(name, shape), classes))
 
 
@@ -59,7 +59,7 @@ def scale_of(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     others = (0, *range(2, rows.ndim))
     mean = rows.mean(others, dtype=np.float64, keepdims=True)
     deviation = rows.std(others, dtype=np.float64, keepdims=True)
-    deviation[deviation == 0] = 1  # a channel that never changes says nothing
+    deviation[deviation == 0] = 1  # a constant channel carries no information
     return mean.astype(np.float32), deviation.astype(np.float32)
 
 

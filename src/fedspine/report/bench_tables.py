@@ -80,7 +80,7 @@ def benches_table(entries: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _short(places: Sequence[str]) -> list[str]:
-    """The last parts of paths, where they tell them apart.
+    """The last parts of the paths, if they differ.
 
     >>> _short(["models/a", "models/b"]), _short(["x/a", "y/a"])
     (['a', 'b'], ['x/a', 'y/a'])
@@ -90,7 +90,7 @@ def _short(places: Sequence[str]) -> list[str]:
 
 
 def _numbers(entry: Mapping[str, Any]) -> str:
-    """The format, with how its numbers are stored where that is not fp32."""
+    """The format, with the stored number type if it is not fp32."""
     return " ".join([entry["format"], *([q] if (q := entry["quantize"]) not in FP32 else [])])
 
 

@@ -145,7 +145,7 @@ def blank() -> tuple[Figure, Axes]:
 
 
 def legend(axes: Axes) -> None:
-    """Above the axes, where no data is."""
+    """The legend above the axes, where there is no data."""
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
@@ -157,8 +157,8 @@ def legend(axes: Axes) -> None:
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """Under the axes, in as many columns as the longest name allows; the figure grows by what the
-    legend needs.
+    """The legend below the axes, in as many columns as the longest name allows; the figure grows by
+    the legend's height.
     """
     handles, names = axes.get_legend_handles_labels()
     if not names:
@@ -190,7 +190,7 @@ def round_ticks(axes: Axes, rounds: Iterable[float]) -> None:
 
 
 def number_ticks(axes: Axes) -> None:
-    """Along x, numbers in full, with commas between thousands."""
+    """Unabbreviated numbers along x, with commas between thousands."""
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 

@@ -113,7 +113,7 @@ def _quality(
     )
     if drawn:
         axes.margins(y=0.09)  # room for a name above the highest line
-        caption += " Grey lines are references: what needs no federated training."
+        caption += " Grey lines are references: values that need no federated training."
     return Panel("quality", f"{name.capitalize()} over simulated time", caption, figure)
 
 

@@ -28,7 +28,7 @@ class Figure:
 
 
 def rendered(template: str, **values: Any) -> str:
-    """A template with these values; one that it names and that is not given is an error."""
+    """A template filled with these values; a value that is missing is an error."""
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -87,7 +87,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise BadInput(
-            f"a JSON object was expected, {path.name} is none; remove it to see the records alone"
+            f"expected a JSON object in {path.name}; remove the file to see the records alone"
         ) from error
 
 
@@ -114,7 +114,7 @@ def _trouble_row(line: Trouble) -> dict[str, str]:
 
 
 def _last_answers(rows: RunRows, summary: Mapping[str, Any]) -> Sequence[AnswerRow]:
-    """Those of the last attempt to end the run."""
+    """The answers of the last attempt to end the run."""
     return rows.answers[-int(summary.get("answers") or len(rows.answers)) :]
 
 

@@ -38,8 +38,8 @@ class Note:
     sparsity: float | None
     left_out: str | None
     loss: float | None = None  # of its training
-    bounded: str | None = None  # what of its change was scaled down to a usual size
-    share: float | None = None  # of that, what counted
+    bounded: str | None = None  # which part of its change was scaled down to a usual size
+    share: float | None = None  # share of that part that counted
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def read_rows(path: Path) -> RunRows:
             if number == len(lines):
                 break
             raise BadInput(
-                "a JSON object with 'row' was expected, line "
-                f"{number} of {path.name} is none; remove that line"
+                f"expected a JSON object with 'row' in line {number} of {path.name}; "
+                "remove that line"
             ) from error
         if name in READERS and (read := READERS[name](row)) is not None:
             found[name].append(read)

@@ -53,7 +53,7 @@ class Checks:
     """The scores during the run, one entry each; nan where a score lacks a number.
 
     Each is of a fixed part of the test rows and the mean over a few device models. The final score
-    is none of them, since it is of all test rows.
+    is not among them, since it is of all test rows.
     """
 
     rounds: Floats  # done by then

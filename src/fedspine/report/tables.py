@@ -190,7 +190,7 @@ def unpruned_base(summary: Mapping[str, Any]) -> tuple[float, str] | None:
 
 
 def difference(summary: Mapping[str, Any], unpruned: UnprunedRun) -> float | None:
-    """How far the device models are above an unpruned run, in its quality."""
+    """The quality of the device models minus that of an unpruned run."""
     name = quality_of(summary)
     devices, other = summary.get(name), unpruned.quality(name)
     return None if _missing(devices) or _missing(other) else devices - other
@@ -258,7 +258,7 @@ def answer_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _answer_lines(summary: Mapping[str, Any]) -> list[Headline]:
-    """ROUGE-L of the last model, beside those that it comes from."""
+    """ROUGE-L of the last model, with that of the models that it comes from."""
     *others, last = answer_rows(summary) or [None]
     if last is None:
         return []
@@ -322,7 +322,7 @@ def _price(summary: Mapping[str, Any]) -> list[Headline]:
 
 
 def _structure(summary: Mapping[str, Any]) -> list[Headline]:
-    """Which structure a pruning method was to leave, and what it left of each layer."""
+    """The kind of structure that a pruning method was asked for, and what is left of each layer."""
     kind = summary.get("structure")
     if kind is None:
         return []
@@ -336,7 +336,7 @@ def _structure(summary: Mapping[str, Any]) -> list[Headline]:
 
 
 def _vocabulary(summary: Mapping[str, Any]) -> list[Headline]:
-    """How many tokens of the model's are kept, and what that saves."""
+    """How many of the model's tokens are kept, and the bytes saved."""
     found = summary.get("vocabulary")
     if found is None:
         return []

@@ -21,7 +21,7 @@ from fedspine.report.drawing import (
 )
 from fedspine.report.series import Floats
 
-# Okabe and Ito's colours without the yellow, which is lost on white, and with a grey; never the
+# Okabe and Ito's colours without yellow, which is hard to see on white, and with a grey; never the
 # only difference
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f98")
 DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))

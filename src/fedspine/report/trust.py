@@ -1,5 +1,5 @@
-"""What a run's records say of trust: the epsilon that each device has spent, the noise that it
-added, whose change was bounded, and who was left out, a line each.
+"""What a run's records say about trust: the epsilon that each device has spent, the noise that it
+added, the devices whose change was bounded, and those left out.
 """
 
 import tomllib
@@ -68,8 +68,8 @@ def promised_in(recipe: str) -> dict[str, Any] | None:
 
 
 def trust(rows: RunRows, promised: Mapping[str, Any] | None) -> dict[str, Any]:
-    """All of it as plain data, without what there is none of; `promised` is `[privacy]` of
-    the run's recipe.
+    """All of it as plain data, without empty entries; `promised` is `[privacy]` of the run's
+    recipe.
     """
     privacy = {"privacy": {**promised, "epsilon_spent": epsilon_spent(rows)}} if promised else {}
     found = {"noise": noise_added(rows), "bounded": bounded_devices(rows)}
@@ -78,14 +78,14 @@ def trust(rows: RunRows, promised: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def trust_of(folder: Path) -> dict[str, Any]:
-    """The same of a run's folder, as far as it has come."""
+    """The same for a run's folder, finished or not."""
     records, recipe = folder / RECORDS, folder / RECIPE
     rows = read_rows(records) if records.exists() else RunRows()
     return trust(rows, promised_in(recipe.read_text("utf-8") if recipe.exists() else ""))
 
 
 def trust_lines(found: Mapping[str, Any]) -> list[str]:
-    """The same in a line each.
+    """The same as lines of text.
 
     >>> privacy = {"level": "rows", "epsilon": 8.0, "delta": 1e-5, "epsilon_spent": {"a": 2.5}}
     >>> trust_lines({"privacy": privacy, "bounded": {"b": {"rounds": 2, "smallest_share": 0.25}}})
@@ -121,6 +121,6 @@ def trust_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _named(devices: Sequence[str]) -> str:
-    """Of many devices the first ones, and how many more there are."""
+    """The first of many devices, and the number of the others."""
     more = len(devices) - MOST
     return ", ".join(devices[:MOST]) + (f", and {more} more" if more > 0 else "")

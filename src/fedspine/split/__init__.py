@@ -1,3 +1,3 @@
-"""Split learning: a model cut in two halves, what goes between them, and both sides of an
+"""Split learning: a model cut in two halves, the messages between them, and both sides of an
 iteration.
 """

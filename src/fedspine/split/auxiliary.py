@@ -1,7 +1,7 @@
-"""A decoder on devices that reads a batch back out of its features: LocFedMix-SL's local loss.
+"""A decoder on devices that reconstructs a batch from its features: LocFedMix-SL's local loss.
 
 Oh et al. 2022 (WWW, LocFedMix-SL) take the regulariser of InfoPro (arXiv:2101.10832): features from
-which the input can be read back have not thrown away what later layers may need. What is ours:
+which the input can be reconstructed still hold what later layers may need. What is ours:
 docs/methods/locfedmix.md.
 """
 
@@ -27,7 +27,7 @@ INTO, INTO_BIAS, OUT, OUT_BIAS = (
     "decoder.out.bias",
 )
 DECODER = frozenset((INTO, INTO_BIAS, OUT, OUT_BIAS))
-KERNEL = 3  # of the last convolution, where inputs have places to be smoothed over
+KERNEL = 3  # of the last convolution, if inputs have spatial or time dimensions
 
 
 @message
@@ -44,12 +44,11 @@ class DecodedCutting:
 
 
 class Decoded:
-    """A client model with a decoder, which share one dictionary of weights: what devices use of
-    `SplitModel`.
+    """A client model with a decoder, which share one dictionary of weights; it has the part of
+    `SplitModel` that devices use.
 
-    What is read back: of texts the embeddings, token by token, by two linear layers; of arrays the
-    numbers themselves, by a linear layer over channels, interpolation to the input's size and a
-    convolution.
+    For texts, two linear layers reconstruct the embeddings, token by token. For arrays, a linear
+    layer over channels, interpolation to the input's size and a convolution reconstruct the values.
     """
 
     def __init__(self, base: Base | Net, split_model: SplitModel, width: int) -> None:
@@ -60,7 +59,7 @@ class Decoded:
             case Base():
                 self._aim, self._places = base.layout.width, ()
         shape = split_model.feature_shape(1)
-        # channels of the features; places that inputs have not (CNN-H looks at sensors side by
+        # channels of the features; dimensions that inputs lack (CNN-H arranges sensors side by
         # side) count as channels
         self._given = (
             math.prod((shape[0], *shape[1 + len(self._places) :])) if self._places else shape[-1]
@@ -71,7 +70,7 @@ class Decoded:
         return self._split_model.statistics
 
     def start(self, rng: np.random.Generator) -> Tensors:
-        """The decoder's weights to start from, drawn as torch draws those of linear layers."""
+        """The decoder's initial weights, drawn as torch draws those of linear layers."""
         kernel = (KERNEL,) * len(self._places)
         sizes = {INTO: (self._width, self._given), OUT: (self._aim, self._width, *kernel)}
         weights = {}
@@ -85,7 +84,7 @@ class Decoded:
         return self._split_model.client_forward(bare(weights), inputs, seed=seed)
 
     def loss(self, weights: Tensors, features: Features, inputs: Tensors) -> Tensor:
-        """The mean squared error of what the decoder reads, over all rows or tokens."""
+        """The mean squared error of the reconstruction, over all rows or tokens."""
         values = features.values.float()
         own = moved({name: weights[name] for name in DECODER}, values.device)
         if self._places:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeAlias
 from fedspine.core.tensors import average
 from fedspine.split.interface import SplitModel
 
-LATER = 3  # how much more the later rounds count in a mean of all
+LATER = 3  # the larger, the more later rounds count in the mean
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What split methods share: their settings, their state, and how a round is set up.
 
 SplitFed, LocFedMix-SL, AdaSFL, SplitLoRA and MergeSFL differ in how the server model is trained and
-how client models are weighted. All else is the same, so that a comparison means something.
+how client models are weighted. Everything else is the same, so that they can be compared.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from fedspine.split.trainable_half import Optimising
 from fedspine.split.training_settings import ModelTraining, check_training, optimising_at
 from fedspine.split.wire import BYTES, weights_wired
 
-MODEL_CUT = -1  # of `cut`: where the model says
+MODEL_CUT = -1  # value of `cut` for the model's own default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ def batch_caps(
         fleet.note(device=device, left_out="one row does not fit its memory")
     if not any(found.values()):
         raise NoMemory(
-            f"of {len(found)} devices none has the memory for one row of the client model; "
+            f"none of the {len(found)} devices has the memory for one row of the client model; "
             "choose a lower cut"
         )
     return {device: rows for device, rows in found.items() if rows}

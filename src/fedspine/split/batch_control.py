@@ -1,12 +1,12 @@
-"""Batch sizes of a split round, planned again within a round from the times of the round's own
-exchanges: the part `within-round`. Ours.
+"""Batch sizes of a split round, replanned within the round from the times of its own exchanges: the
+part `within-round`. Ours.
 
-A round is planned from the rounds before it, but a device's link has another speed in each round.
-So batches are planned again after 1, 2, 4, 8 and so on iterations, and when a device joins late.
+A round is planned from the rounds before it, but a link's speed changes from round to round. So
+batches are replanned after 1, 2, 4, 8 and so on iterations, and when a device joins late.
 `control/batch_timing.py` has the arithmetic.
 
-Texts differ in length, so a few rows may take much or little time. Batches of texts are therefore
-so many tokens.
+Texts differ in length, so the same number of rows may take more or less time. So a batch of texts
+is a number of tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ PROBED = 8  # the fewest iterations of a round in which measuring its links pays
 
 @dataclass(frozen=True)
 class BatchControl:
-    """What a round's batches are planned from; one entry for each device chosen."""
+    """The data from which a round's batches are planned; one entry for each device chosen."""
 
     devices: Sequence[DeviceId]
     goal: Goal  # of the plan; its costs are those known before the round
@@ -113,9 +113,9 @@ class BatchControl:
 
 
 def _header_bytes(progress: Progress, token_bytes: float) -> float:
-    """Bytes of an exchange both ways that are no features: the mean of the exchanges so far.
+    """Bytes of an exchange, both ways, other than features: the mean of the exchanges so far.
 
-    An exchange sends the gradient of one batch and the features of the next; the first one no
+    An exchange sends the gradient of one batch and the features of the next; the first one has no
     gradient.
     """
     tokens = np.array(progress.tokens)

@@ -1,5 +1,5 @@
-"""Which rows of a device make up its batches within a round: so many, or as many as fill a number
-of tokens.
+"""The rows of a device's batches within a round: a fixed number of rows, or as many as fill a
+number of tokens.
 """
 
 from collections.abc import Sequence
@@ -11,40 +11,40 @@ import numpy as np
 from fedspine.core.checks import Asked, need
 from fedspine.core.message import message
 
-AHEAD = 16  # rows next in line among which the last ones of a batch of tokens are chosen
-# rows of mean length for which there is room yet, as long as rows come just as they are in line
+AHEAD = 16  # the last rows of a batch of tokens are chosen among this many next rows
+# rows are taken in order while there is room for more rows of mean length than this
 FREELY = 3.0
 
 
 @message
 class Budget:
-    """Batches of as many rows as fill `tokens` nearly, one at least and `rows` at most. Ours."""
+    """Batches of as many rows as nearly fill `tokens`: at least one row, at most `rows`. Ours."""
 
     tokens: int
     rows: int
 
     def check(self, asked: Asked) -> None:
-        need(min(self.tokens, self.rows) >= 1, "a batch of less than a token or a row")
+        need(min(self.tokens, self.rows) >= 1, "a batch needs at least 1 token and 1 row")
 
 
 def most_rows(batch: int | Budget) -> int:
-    """The most rows that such a batch has."""
+    """The largest number of rows of such a batch."""
     return batch if isinstance(batch, int) else batch.rows
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch, and what fixes the next one."""
+    """A batch, and what determines the next one."""
 
     rows: np.ndarray  # int64 [rows]
-    taken: int  # rows of the passes, one after another, that were in line so far
-    left: np.ndarray  # int64 [rows]: those of them that are still in line, the first ones first
+    taken: int  # rows of the passes that were in line so far
+    left: np.ndarray  # int64 [rows]: those of them that are still in line, in order
 
 
 def drawn(
     lengths: np.ndarray, batch: int | Budget, seed: int, taken: int = 0, left: Sequence[int] = ()
 ) -> Drawn:
-    """The batch that comes next of rows with so many tokens each.
+    """The next batch of rows with these numbers of tokens.
 
     >>> first = drawn(np.full(5, 4), 3, seed=0)
     >>> second = drawn(np.full(5, 4), Budget(tokens=9, rows=4), 0, first.taken, first.left)
@@ -62,11 +62,11 @@ def drawn(
 
 
 def filling(lengths: np.ndarray, tokens: int, most: int) -> list[int]:
-    """Places of the rows in line that together have no more than `tokens`, and nearly as many.
+    """Places of rows in line that together have at most, and nearly, `tokens` tokens.
 
-    Rows come in their order as long as many fit, then the longest that fits of the `AHEAD` that are
-    next. Where none fits at all, the shortest of those: a row longer than `tokens` waits until only
-    such rows are left there.
+    Rows are taken in order while many fit, then the longest that fits among the next `AHEAD`. If
+    none fits at all, the shortest of these is taken: a row longer than `tokens` waits until only
+    such rows are left among them.
 
     >>> filling(np.array([5, 9, 4, 7, 5, 3]), 20, 9), filling(np.array([9, 8]), 5, 9)
     ([0, 1, 4], [1])
@@ -85,8 +85,8 @@ def filling(lengths: np.ndarray, tokens: int, most: int) -> list[int]:
 
 
 def rows_at(there: int, batch: int, seed: int, iteration: int) -> np.ndarray:
-    """The rows of one of many equal batches: pass after pass over all rows, each in an order of its
-    own.
+    """The rows of one of many equal batches, from consecutive passes over all rows, each in its own
+    random order.
 
     >>> sorted(rows_at(4, 2, 0, 0).tolist() + rows_at(4, 2, 0, 1).tolist())
     [0, 1, 2, 3]
@@ -97,7 +97,7 @@ def rows_at(there: int, batch: int, seed: int, iteration: int) -> np.ndarray:
 
 
 def rows_from(there: int, batch: int, seed: int, taken: int) -> np.ndarray:
-    """The rows of the batch that comes after `taken` rows of such passes.
+    """The rows of the batch after the first `taken` rows of such passes.
 
     >>> sorted(rows_from(4, 3, 0, 0).tolist() + rows_from(4, 1, 0, 3).tolist())
     [0, 1, 2, 3]

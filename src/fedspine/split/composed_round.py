@@ -317,7 +317,7 @@ def _with_known_labels(room: dict[DeviceId, int], labels: Labels) -> dict[Device
     able = {device: rows for device, rows in room.items() if device in labels}
     if not able:
         raise AllLost(
-            f"of {len(room)} devices with memory for a row none has sent its label distribution"
+            f"none of the {len(room)} devices with memory for a row has sent its label distribution"
         )
     return able
 

@@ -37,10 +37,10 @@ from fedspine.split.wire import (
 )
 
 HELD = "split"  # the name in a device's memory
-# of the operations of a training step; the backward pass takes the rest, when its gradient comes
+# of the operations of a training step; the backward pass takes the rest, once its gradient arrives
 FORWARD = 1 / 3
 
-# (weights, features, batch) -> a loss that is added to what the server's gradient says
+# (weights, features, batch) -> a loss whose gradient is added to the server's
 LocalLoss: TypeAlias = Callable[[Tensors, Features, Tensors], Tensor]
 
 
@@ -255,7 +255,9 @@ def _apply_gradient(device: Device, active: ActiveBatch, order: Step) -> None:
 
 
 def _arrived_features(sent: Wired, of: Features) -> Features:
-    """What came for these features, of their rows and tokens; raises Unusable where it is not."""
+    """What arrived for these features, in their shape; raises Unusable if it has other rows or
+    tokens.
+    """
     there = len(of.values) if of.mask is None else int(of.mask.sum())
     need(len(sent.values) == there, f"expected {there} rows or tokens, got {len(sent.values)}")
     need(sent.mask is None, "got a mask for a batch that has one already")
@@ -263,7 +265,7 @@ def _arrived_features(sent: Wired, of: Features) -> Features:
 
 
 def _next_batch(device: Device, held: Held) -> Held:
-    """What is held of the next batch."""
+    """The memory with the next batch."""
     following = drawn(device.data.lengths, held.order.batch, held.seed, held.taken, held.left)
     return replace(
         held,

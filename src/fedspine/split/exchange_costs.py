@@ -1,4 +1,4 @@
-"""What a split round's exchanges say of the time and the bytes that rows take. Ours.
+"""Time and bytes of a row, estimated from a split round's exchanges. Ours.
 
 Seconds of an exchange = fixed + each * bytes, with one fixed part for the fleet
 (`control/batch_timing.py` fits it).
@@ -31,11 +31,11 @@ class RowCosts:
 
 
 def row_costs(progress: Sequence[Progress], fixed: float, *, ended: bool = False) -> RowCosts:
-    """What rows cost by a round's exchanges so far, or by all of them once it has `ended`.
+    """The cost of rows, from a round's exchanges so far, or from all of them once it has `ended`.
 
     Exchanges are compared by their bytes, which the server knows and which count a text's tokens.
-    The first exchange carries weights and has no backward pass, so it counts only where a device
-    has no other. `fixed` is as in `fitted`.
+    The first exchange carries weights and has no backward pass, so it counts only if a device has
+    no other. `fixed` is as in `fitted`.
     """
     inner = [own.costs[1:-1] if ended else own.costs[1:] for own in progress]
     received = [costs or own.costs[:1] for costs, own in zip(inner, progress, strict=True)]
@@ -56,11 +56,11 @@ def _row_bytes(
 ) -> Float[np.ndarray, " devices"]:
     """Bytes of a row of each device both ways, from its exchanges without weights.
 
-    The fewer rows these had, the nearer it is to the fleet's mean.
+    The fewer rows they had, the closer it is to the fleet's mean.
     """
     exchanges = np.maximum([len(costs) for costs in inner], 1)
     rows = exchanges * np.array([np.mean(own.rows) for own in progress])
-    # of the first exchange only what went up were features; their gradient is as large
+    # the first exchange has features only on the way up; their gradient is as large
     pairs = zip(inner, progress, strict=True)
     sent = np.array(
         [

@@ -18,11 +18,11 @@ from fedspine.core.message import Tensors, message
 
 @message
 class Features:
-    """What a client model gives for some rows, or the gradient of a loss with respect to it.
+    """The output of a client model for some rows, or the gradient of a loss with respect to it.
 
     `values` is [rows, ...]: [rows, tokens, width] for text, [rows, channels, ...] for arrays.
-    `mask`, bool [rows, tokens], says what is a token and not padding; None where all rows are of
-    one shape.
+    `mask`, bool [rows, tokens], is true for tokens and false for padding; None if all rows have one
+    shape.
     """
 
     values: Tensor
@@ -54,17 +54,17 @@ class Losses:
 
     @property
     def mean(self) -> Float[Tensor, ""]:
-        """The loss that is minimised: the mean over all labels of all rows; 0 where none counts."""
+        """The loss that is minimised: the mean over all labels of all rows; 0 if none counts."""
         return self.total.sum() / self.labels
 
     @property
     def labels(self) -> Int[Tensor, ""]:
-        """How many labels the mean is over, and at least 1: where none counts, all sums are 0."""
+        """The number of labels in the mean, at least 1: if no label counts, all sums are 0."""
         return self.counted.sum().clamp(min=1)
 
 
 def seed_at(seed: int, number: int) -> int:
-    """The seed of one of the rounds of a run, or of the iterations of a round, that has `seed`."""
+    """The seed of round `number` of a run with this seed, or of an iteration of a round with it."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
@@ -82,7 +82,7 @@ def adjusted_losses(
 class SplitModel(Protocol):
     """One model cut at one place. Weights are handed in; nothing is kept between calls.
 
-    Gradients reach every tensor of `weights` that asks for one. `seed` fixes what is drawn
+    Gradients reach every tensor of `weights` that requires one. `seed` fixes what is drawn
     (dropout); with None the half computes as a deployed model does.
     """
 
@@ -159,7 +159,7 @@ class SplitModel(Protocol):
         ...
 
     def memory_bytes(self, half: str, rows: int, tokens: int) -> int:
-        """Memory that training "client" or "server" needs at once."""
+        """Peak memory of training "client" or "server"."""
         ...
 
     def launches(self, half: str) -> int:

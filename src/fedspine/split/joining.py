@@ -1,8 +1,9 @@
-"""When devices begin and end a split round: all together, or each at its own time.
+"""When devices begin and end a split round: all at once, or each at its own time.
 
-Joining late is ours. A slow link takes the client model longer whatever the batch. So a round
-starts with the first features of a share of the devices, the others are merged from the step on
-that begins after theirs came, and those whose links are slow leave some steps before the last one.
+Joining late is ours. On a slow link the client model takes long whatever the batch size. So a round
+starts with the first features of a share of the devices. The others are merged from the first step
+that begins after their features arrive. Devices with slow links leave some steps before the last
+one.
 """
 
 from collections.abc import Collection, Mapping
@@ -33,8 +34,8 @@ class AtOnce:
 class Late:
     """Devices with slow links begin later and end earlier, in rounds of 8 steps or more.
 
-    Not where the client model has less than a quarter of the bytes of a batch's features: then all
-    can begin at once.
+    If the client model has less than a quarter of the bytes of a batch's features, all devices
+    begin at once.
     """
 
     name: ClassVar = "late"
@@ -64,7 +65,9 @@ class LateJoining:
     fixed: float  # seconds of an exchange whatever its rows, as known before the round
 
     def staggered(self, steps: int) -> Staggered | None:
-        """How devices begin and end a round of so many `steps`; None where all do together."""
+        """How devices begin and end a round of this many `steps`; None if all begin and end
+        together.
+        """
         if steps < FEWEST_STEPS or self.weight_bytes <= LIGHT * self.batch_bytes:
             return None
         return Staggered(self.quorum, lambda done, progress: self._leaving(steps, done, progress))

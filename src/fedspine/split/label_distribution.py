@@ -98,12 +98,12 @@ class Unadjusted:
 
 @dataclass(frozen=True)
 class LabelSkew:
-    """Logits are adjusted by what tells which labels a device holds; not for language models, which
-    have no classes.
+    """Logits are adjusted by the label skew of each device; not for language models, which have no
+    classes.
     """
 
     name: ClassVar = "label-skew"
-    share: float = 0.95  # of a device's label skew that its gradient leaves out
+    share: float = 0.95  # share of a device's label skew that is removed from its gradient
 
 
 LogitAdjustment: TypeAlias = Unadjusted | LabelSkew
@@ -120,9 +120,8 @@ def logit_adjustments(labels: Mapping[DeviceId, np.ndarray], share: float) -> Te
     """What to add to the logits of each device's rows, fp32 [classes]: logit adjustment by its
     label skew.
 
-    With it, features gain nothing from telling which device they come from. `share` of the skew is
-    taken off, from 0 to below 1. Menon et al. 2021 (arXiv:2007.07314); FedLC, Zhang et al. 2022
-    (arXiv:2209.00189).
+    With it, features gain nothing by revealing their device. `share` of the skew is removed, from 0
+    to below 1. Menon et al. 2021 (arXiv:2007.07314); FedLC, Zhang et al. 2022 (arXiv:2209.00189).
     """
     known = np.stack(list(labels.values()))
     return dict(

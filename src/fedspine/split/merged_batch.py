@@ -1,4 +1,4 @@
-"""The features of several devices as one batch, and what was computed for it by device."""
+"""The features of several devices as one batch, and results for the batch by device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

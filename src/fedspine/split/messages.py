@@ -79,7 +79,7 @@ class Begin:
         """The client model is this model's, and so is what stays on the device in the U-shape."""
         need(self.precision in BYTES, f"precision is not one of {', '.join(BYTES)}")
         check_batch(self.batch)
-        # what a method trains beside the client model it checks itself
+        # a method checks by itself what it trains beside the client model
         own = {name: self.weights[name] for name in self.weights if not name.startswith(BESIDE)}
         rank = rank_in(own) if own and isinstance(asked.base, Base) else self.cutting.rank
         below, _ = model_shapes(asked.base, self.cutting.cut, rank, float_of(own))
@@ -90,7 +90,7 @@ class Begin:
             tensors_of("ending", self.ending, ending_shapes(asked, float_of(self.ending)))
 
     def agreed(self, before: Agreed | None, terms: Terms) -> Agreed:
-        """What later messages of the round go by."""
+        """What later messages of the round must match."""
         dtype = as_sent(self.precision)
         shape = self.cutting.of(terms.base).feature_shape(1)
         return Agreed(

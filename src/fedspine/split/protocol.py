@@ -64,7 +64,7 @@ class Progress:
 
 
 # (iterations done, progress of these devices, their next steps) -> the steps with new batch sizes;
-# None: batches stay as they are
+# None: no change
 Resizing: TypeAlias = Callable[
     [int, Mapping[DeviceId, Progress], Mapping[DeviceId, Step]], Mapping[DeviceId, Resized] | None
 ]
@@ -83,7 +83,7 @@ class Staggered:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round gave: one entry for each device that completed it."""
+    """The result of a round: one entry for each device that completed it."""
 
     client_models: dict[DeviceId, Tensors]
     endings: dict[DeviceId, Tensors]  # U-shape: the last parts of the server model, else empty
@@ -148,7 +148,7 @@ class SplitRound:
         self._ended: list[Reply[Ended]] = []
 
     def seed_of(self, iteration: int) -> int:
-        """What fixes all that the server draws in an iteration."""
+        """The seed of all random draws of the server in an iteration."""
         return seed_at(self._seed, iteration)
 
     def progress_of(self, devices: Collection[DeviceId]) -> dict[DeviceId, Progress]:
@@ -158,7 +158,7 @@ class SplitRound:
     def ask(
         self, work: Work[Any, Any], orders: Mapping[DeviceId, Any], quorum: float = 1.0
     ) -> list[Reply[Any]]:
-        """The replies of a share `quorum` of these devices, and of others that came meanwhile.
+        """The replies of a share `quorum` of these devices, and others that arrived meanwhile.
 
         A device without a usable reply is left out for the rest of the round. Raises AllLost where
         nobody is left.
@@ -188,7 +188,7 @@ class SplitRound:
         done: int,
         resizing: Resizing | None,
     ) -> list[Reply[Forwarded]]:
-        """The next features after `done` iterations, from batches as before or of other sizes."""
+        """The next features after `done` iterations, from batches of the same or of new sizes."""
         resized = resizing and resizing(done, self.progress_of(steps), steps)
         replies = self.ask(on_devices.resize, resized) if resized else self.ask(step, steps)
         self._ended += [reply for reply in replies if isinstance(reply.value, Ended)]
@@ -234,7 +234,9 @@ class SplitRound:
                 )
         ended = self._ended + [reply for reply in replies if isinstance(reply.value, Ended)]
         if not ended:
-            raise AllLost(f"of {len(self._progress)} devices none is left at the round's end")
+            raise AllLost(
+                f"none of the {len(self._progress)} devices is left at the end of the round"
+            )
         if not together:  # devices that left early take their place in the order of the orders
             ended.sort(key=lambda reply: self._places[reply.device])
         return RoundResult(
@@ -252,8 +254,8 @@ class SplitRound:
         self._pending.update(orders)
 
     def _collect(self, wanted: Collection[DeviceId], enough: int) -> list[Reply[Any]]:
-        """What comes until so many of the devices wanted have replied, or no reply is pending any
-        more.
+        """The replies that arrive until enough of the wanted devices have replied, or none is
+        pending.
         """
         replies: list[Reply[Any]] = []
         while sum(reply.device in wanted for reply in replies) < enough:
@@ -273,7 +275,7 @@ class SplitRound:
 
 
 def part_of(reply: Reply[Forwarded]) -> Part:
-    """What the server makes of a device's features; in the U-shape their labels stay there."""
+    """A device's part of an iteration, from its reply; without labels in the U-shape."""
     labels = reply.value.labels
     return Part(
         device=reply.device,

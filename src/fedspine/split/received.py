@@ -1,7 +1,7 @@
-"""What features, labels, gradients and client models must be that came in a message.
+"""Checks of the features, labels, gradients and client models in messages.
 
-Most of a round's messages do not repeat what its first order fixed: where the model is cut, how
-many rows a batch has, what crosses the wire in which precision. `Agreed` has it, for each device.
+Most of a round's messages do not repeat what its first order fixed: the cut, the rows of a batch,
+the precision on the wire. `Agreed` holds this for each device.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ MOST_FEATURE = 2.0**40
 
 @dataclass(frozen=True)
 class Agreed:
-    """What a device's messages of a round must be."""
+    """What a device's messages of a round must match."""
 
     weights: Specified  # of the client model as it comes back
     ending: Specified | None  # U-shape: of the last part of the server model
@@ -47,7 +47,9 @@ class Agreed:
     tokens: int = 0  # of the last batch, without padding; as many as rows for arrays
 
     def rows_in(self, declared: int) -> tuple[int, int]:
-        """The fewest and the most rows of a batch of a device that declared so many."""
+        """The smallest and the largest number of rows of a batch of a device that declared this
+        many.
+        """
         match self.batch:
             case Budget(rows=rows):
                 return 1, min(rows, declared)
@@ -97,7 +99,7 @@ def check_cut(cut: int, rank: int, base: Any) -> None:
 
 def check_batch(batch: int | Budget) -> None:
     """Raise Unusable for batches of no row; a budget checks itself."""
-    need(isinstance(batch, Budget) or batch >= 1, "a batch of less than a row")
+    need(isinstance(batch, Budget) or batch >= 1, f"batch is {batch}, but at least 1 row is needed")
 
 
 def ending_shapes(asked: Asked, dtype: torch.dtype) -> Specified:
@@ -137,7 +139,7 @@ def check_features(sent: Wired, labels: Tensor | None, asked: Asked) -> None:
         within("the length of texts", sent.mask.shape[1], 1, asked.terms.longest)
     check_size("features", sent)
     if agreed.ending is not None:
-        need(labels is None, "labels are there, but they stay on the device")
+        need(labels is None, "got labels, but they stay on the device")
         return
     if labels is None:
         raise Unusable("labels are missing")
@@ -168,13 +170,15 @@ def check_ended(weights: Tensors, ending: "Tensors | None", asked: Asked) -> Non
     """Raise Unusable unless these are the models that the device was given, trained."""
     agreed = agreed_in(asked)
     tensors_of("weights", weights, agreed.weights)
-    need((ending is None) == (agreed.ending is None), "ending is there for the U-shape alone")
+    need(
+        (ending is None) == (agreed.ending is None), "ending belongs to the U-shape, and only there"
+    )
     if ending is not None and agreed.ending is not None:
         tensors_of("ending", ending, agreed.ending)
 
 
 def agreed_in(asked: Asked) -> Agreed:
-    """What the device's first order of the round fixed; raises Unusable where there was none."""
+    """What the device's first order of the round fixed; raises Unusable if there was none."""
     match asked.agreed:
         case Agreed() as agreed:
             return agreed

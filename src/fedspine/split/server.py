@@ -1,12 +1,12 @@
 """The server's side of split learning: how the server model learns from many devices' features.
 
 Merged: one step on all of them (MergeSFL). Weighted: one step on the sum of the devices' own losses
-(LocFedMix-SL). In turn: one step per device on one server model, in random order (SplitFed V2), or
-always the same (SplitLoRA). Copies: a server model for each device, averaged after every iteration
+(LocFedMix-SL). In turn: one step per device on one server model, in random order (SplitFed V2) or
+in a fixed one (SplitLoRA). Copies: a server model for each device, averaged after every iteration
 (AdaSFL) or at the round's end (SplitFed V1).
 
 With logit adjustments, by device [classes], a device's gradient is that of its loss with them added
-to its rows' logits. So is the gradient of the server model's first block, where it still makes
+to its rows' logits. So is the gradient of the server model's first block if it still makes
 features; the other blocks learn from the plain loss. A device whose loss is not finite is left out
 of the iteration, and the result says so.
 """
@@ -125,7 +125,9 @@ class MergedStep:
 
 
 class InTurn:
-    """One step of one server model per device, in random order, or in theirs if not `shuffled`."""
+    """One step of one server model per device, in random order, or in the given order if not
+    `shuffled`.
+    """
 
     def __init__(
         self,
@@ -231,11 +233,11 @@ class WeightedStep:
 
 
 class Copies:
-    """A copy of the server model for each device, trained side by side on its own features.
+    """A copy of the server model for each device, trained on the device's own features.
 
-    `every_iteration`: the copies are averaged uniformly after each iteration, and all go on from
-    there with fresh optimisers; else at the round's end, by the weights that the client models
-    have.
+    `every_iteration`: the copies are averaged uniformly after each iteration, and all continue from
+    the average with fresh optimisers; else they are averaged at the round's end, with the weights
+    of the client models.
     """
 
     def __init__(
@@ -303,7 +305,7 @@ def _forward(
 
 
 def _backward(loss: Tensor, leaves: Sequence[Tensor]) -> None:
-    # a frozen server model of features that nobody trains has nothing to learn
+    # a frozen server model on features that are not trained has nothing to learn
     if any(leaf.requires_grad for leaf in leaves):
         loss.backward()
 

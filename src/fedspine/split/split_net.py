@@ -20,8 +20,7 @@ SINGLE = 4  # bytes of an fp32 number
 
 
 class SplitNet:
-    """`SplitModel` of a net after its first `cut` blocks. Not to be called by several threads at
-    once.
+    """`SplitModel` of a net after its first `cut` blocks. Not thread-safe.
 
     Raises BadInput for a cut outside the net.
     """
@@ -117,7 +116,7 @@ class SplitNet:
         return out
 
     def _split(self, weights: Tensors) -> tuple[Tensors, Tensors]:
-        """Those of the client model and those of the server model."""
+        """The weights of the client model and those of the server model."""
         halves = (self._client_model, self._server_model)
         client_model, server_model = (self._weights_of(half, weights) for half in halves)
         return client_model, server_model
@@ -186,8 +185,8 @@ def _sequence(blocks: Sequence[tuple[str, nn.Module]]) -> nn.Sequential:
 
 @contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Where what is drawn (dropout) follows from `seed` alone, and torch's own generators are left
-    as they were.
+    """A context in which random draws (dropout) follow from `seed` alone; torch's own generators do
+    not change.
     """
     if seed is None:
         yield

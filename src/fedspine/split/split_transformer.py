@@ -2,8 +2,8 @@
 the head on the server.
 
 Section 12 of the MergeSFL reconstruction (arXiv:2311.13348 carried over to LoRA). Both halves train
-the LoRA factors of their blocks, the server model the task head too; layer norms know no batch, so
-merged rows count as they would alone.
+the LoRA factors of their blocks, the server model the task head too; layer norms do not depend on
+the batch, so merging does not change a row.
 """
 
 from dataclasses import replace
@@ -60,7 +60,7 @@ class SplitTransformer:
         # an exchange asks for costs several times, always the same few
         self.flops = cache(self.flops)  # type: ignore[method-assign]
         self.memory_bytes = cache(self.memory_bytes)  # type: ignore[method-assign]
-        # the client model has no head, but the skeleton wants one in its place
+        # the client model has no head, but the skeleton needs one
         self._no_head: Tensors = {}
         for layer in base.head:
             self._no_head |= layer.tensors
@@ -115,7 +115,7 @@ class SplitTransformer:
     def ending_forward(
         self, weights: Tensors, features: Features, labels: Tensor, *, seed: int | None
     ) -> Losses:
-        """As `server_forward`, of what left the last block."""
+        """As `server_forward`, for the output of the last block."""
         return self._loss(self._base.layout.layers, weights, features, labels)
 
     def join(self, client_model: Tensors, server_model: Tensors) -> Model:
@@ -207,8 +207,8 @@ class SplitTransformer:
         return features.values.to(self._base.device, self._base.precision)
 
     def _inputs(self, features: Features) -> Tensors:
-        """What the skeleton asks of its inputs besides hidden states: which are tokens, in ids that
-        say no more.
+        """The skeleton's inputs besides hidden states: ids that only mark which positions are
+        tokens.
         """
         assert features.mask is not None
         inside = features.mask.to(self._base.device)

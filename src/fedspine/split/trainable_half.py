@@ -1,5 +1,5 @@
 """Half of a model under training: its weights, and an optimiser whose state can be sent, kept and
-taken up again.
+resumed.
 """
 
 import torch
@@ -41,8 +41,7 @@ def check_optimising(optimising: Optimising) -> None:
 
 
 class TrainableHalf:
-    """Trainable copies of weights on `device`; those named in `still` are carried along without a
-    gradient.
+    """Trainable copies of weights on `device`; those named in `still` have no gradient.
 
     `moments` is the optimiser's state after earlier steps, empty before the first.
     """
@@ -68,11 +67,11 @@ class TrainableHalf:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What is trained."""
+        """The trained weights."""
         return list(self._leaves.values())
 
     def step(self) -> None:
-        """One optimiser step with the gradients that have come; they are forgotten."""
+        """One optimiser step with the accumulated gradients, which are then cleared."""
         if not self._leaves:
             return
         if self._clip:
@@ -81,7 +80,7 @@ class TrainableHalf:
         self._optimiser.zero_grad(set_to_none=True)
 
     def now(self) -> Tensors:
-        """The weights as they are, which the next step changes in place."""
+        """The current weights, which the next step changes in place."""
         return {name: tensor.detach() for name, tensor in self.weights.items()}
 
     def moments(self) -> Tensors:
@@ -102,7 +101,7 @@ class TrainableHalf:
             self._optimiser.state[leaf][key] = own.clone().view(() if scalar else leaf.shape)
 
     def statistics(self) -> Tensors:
-        """Copies of the weights that are only carried along."""
+        """Copies of the weights that have no gradient."""
         return {
             name: tensor.clone()
             for name, tensor in self.weights.items()
@@ -110,13 +109,13 @@ class TrainableHalf:
         }
 
     def forget(self, before: Tensors) -> None:
-        """Put statistics back to what they were before a forward pass that does not count."""
+        """Restore the statistics from before a forward pass that does not count."""
         for name, tensor in before.items():
             self.weights[name].copy_(tensor)
 
     def without_statistics(self) -> Tensors:
-        """The weights, with copies of those that are only carried along: a forward pass again must
-        not move them again.
+        """The weights, with copies of those without a gradient, so that a repeated forward pass
+        does not update these twice.
         """
         return {
             name: leaf if leaf.requires_grad else leaf.clone()
@@ -141,8 +140,8 @@ def _optimiser(leaves: list[Tensor], optimising: Optimising) -> torch.optim.Opti
 def learning_rate_at(
     start: float, round: int, rounds: int, decay: float = 0.0, lowest: float = 0.0
 ) -> float:
-    """The rate of a round, counted from 0: times `decay` each round, not below `lowest`; 0 lets it
-    fall linearly to zero.
+    """The rate of a round, counted from 0: times `decay` each round, not below `lowest`; with 0 it
+    falls linearly to zero.
 
     >>> learning_rate_at(0.1, 0, 10, 0.993), learning_rate_at(0.1, 5, 10)
     (0.1, 0.05)

@@ -1,5 +1,5 @@
 """Training a whole model on a device, for methods without a half on the server: both halves of a
-cut, one after another.
+cut, computed one after the other.
 
 So one method file serves transformers, where LoRA and the task head are trained, and nets, where
 everything is.
@@ -28,15 +28,13 @@ from fedspine.split.received import check_model
 from fedspine.split.trainable_half import Optimising, TrainableHalf
 from fedspine.split.training_settings import ModelTraining, check_training, optimising_at
 
-LAST = 5  # steps whose mean loss stands for where training ended
+LAST = 5  # final steps whose mean loss is reported
 Wire: TypeAlias = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeModelTraining(ModelTraining):
-    """The settings that methods share which train whole models; steps and batch as in MergeSFL's
-    code.
-    """
+    """The settings that whole-model methods share; steps and batch as in MergeSFL's code."""
 
     steps: int = 42
     batch: int = 64
@@ -87,12 +85,12 @@ class Training:
         )
 
     def check(self, asked: Asked) -> None:
-        need(min(self.steps, self.batch) >= 1, "steps and batch are 1 at least")
+        need(min(self.steps, self.batch) >= 1, "steps and batch must be at least 1")
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What training gave: all weights by name, and every row's loss at each step before it was
+    """The result of training: all weights by name, and every row's loss at each step before it was
     trained on.
     """
 
@@ -107,7 +105,7 @@ class LocalResult:
 
 def train_whole(device: Device, weights: Tensors, training: Training) -> LocalResult:
     """Train all weights of a model together; a loss that is not finite ends training at once and is
-    in the lesson.
+    part of the result.
     """
     base = device.base
     split_model = training.cutting.of(base)
@@ -180,7 +178,7 @@ def _account(
 
 
 def memory_bytes(split_model: SplitModel, rows: int, tokens: int) -> int:
-    """What training both halves in one step needs."""
+    """Memory for training both halves in one step."""
     return sum(split_model.memory_bytes(part, rows, tokens) for part in ("client", "server"))
 
 
@@ -256,7 +254,7 @@ def with_memory(
 
 
 def no_memory() -> NoMemory:
-    """The error for a round in which nobody can be asked."""
+    """The error for a round in which no device can be asked."""
     return NoMemory(
         "no device has the memory to train this model; lower method.batch or take a smaller "
         "task.model"

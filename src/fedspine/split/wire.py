@@ -1,10 +1,10 @@
 """Features, their gradients and weights as they cross the wire: without padding, in fp32, fp16 or
 int8.
 
-Section 12 of the MergeSFL reconstruction: the split pays in bytes, so bytes are what this file
-saves. int8 is symmetric with one step per token (per row for arrays); fp16 has one power of two per
-message, because gradients are far below fp16's normal numbers. What is not finite stays so, for the
-server to see.
+Section 12 of the MergeSFL reconstruction: a split costs bytes, and this file saves them. int8 is
+symmetric with one scale per token (per row for arrays). fp16 has one power of two per message,
+because gradients are far below fp16's normal numbers. Values that are not finite stay so, and the
+server detects them.
 """
 
 import math
@@ -31,7 +31,7 @@ class Wired:
     """Features [rows, ...], or only the tokens of [rows, tokens, width], one after another."""
 
     values: Tensor  # fp32, fp16 or int8 [tokens, width] or [rows, ...]
-    # fp32: what to multiply with, [1] for fp16, one for each of `values` for int8
+    # fp32 factor of the values: [1] for fp16, one for each of `values` for int8
     scale: Tensor | None
     # bool [rows, tokens] where `values` holds tokens; None for arrays, and on the way back
     mask: Tensor | None
