@@ -1,9 +1,9 @@
 """Makes `{reviews,tweets,editorials}/{train,test}.csv`: short texts, positive or negative.
 
 The texts come with the ratings of 20 readers in the package vaderSentiment 0.5 (MIT; Hutto and
-Gilbert, ICWSM 2014): sentences of product reviews, tweets, and sentences of editorials. The label is
-the sign of the mean rating; texts rated 0 are left out. All sentences of one review or editorial are
-on the same side of the split.
+Gilbert, ICWSM 2014): sentences of product reviews, tweets, and sentences of editorials. The label
+is the sign of the mean rating; texts rated 0 are left out. All sentences of one review or editorial
+are on the same side of the split.
 
     pip download vaderSentiment==0.5 --no-deps --no-binary :all:
     unzip vaderSentiment-0.5.zip

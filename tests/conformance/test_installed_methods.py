@@ -13,7 +13,7 @@ from places import ROOT
 from runs import in_process, python, summary_of, tiny_job, write_csv
 from site_files import terms, written
 
-from fedspine import BadInput, FedLora, methods
+from fedspine import BadInput, FedLora, Recipe, methods
 from fedspine.core.method import forget, registered
 from fedspine.flare.run_terms import Refused
 from fedspine.flare.site import load_site
@@ -153,6 +153,10 @@ def test_what_is_wrong_with_a_package_is_one_line_and_others_work(
     late = METHOD.format(name="late") + "raise RuntimeError('two\\nlines')\n"
     package(tmp_path, "later", late, late="later:Mine")
     package(tmp_path, "other", METHOD.format(name="one_name"), another="other:Mine")
+    plain = METHOD.format(name="plain").replace("@dataclass(frozen=True)\n", "")
+    package(tmp_path, "plain", plain, plain="plain:Mine")
+    bare = METHOD.format(name="bare").replace("rank: int = 8", "rank: int")
+    package(tmp_path, "bare", bare, bare="bare:Mine")
     package(tmp_path, "sound", METHOD.format(name="sound"), sound="sound:Mine")
     before = set(methods.all_methods())
     installed(tmp_path)
@@ -168,7 +172,13 @@ def test_what_is_wrong_with_a_package_is_one_line_and_others_work(
         "late": "method 'late' of later 1.0 cannot be used: RuntimeError: two lines",
         "another": "method 'another' of other 1.0 cannot be used: TypeError: other:Mine is not the "
         "class registered as 'another'; decorate it with @method('another')",
+        "plain": "method 'plain' of plain 1.0 cannot be used: TypeError: Mine is not a frozen "
+        "dataclass; write @dataclass(frozen=True) between @method and the class",
+        "bare": "method 'bare' of bare 1.0 cannot be used: TypeError: the setting rank of Mine has "
+        "no default; write rank: ... = VALUE",
     }
+    with pytest.raises(BadInput, match="Mine does not define check and start and round and deploy"):
+        Recipe(method="sound")
     with pytest.raises(BadInput, match="'lost' of gone 1.0 cannot be used.* or remove it"):
         methods.find("lost")
     with pytest.raises(BadInput, match="unknown method 'soun'; did you mean 'sound'"):
@@ -177,6 +187,8 @@ def test_what_is_wrong_with_a_package_is_one_line_and_others_work(
     assert code == 0
     assert sorted(lines) == sorted(f"fedspine: {line}" for line in broken.values())
     assert json.loads(out)["sound"]["package"] == "sound 1.0"
+    code, out, lines = in_process(monkeypatch, capsys, "methods", "sound", "--json")
+    assert (code, lines, list(json.loads(out))) == (0, [], ["sound"])
 
 
 # --- a method in a script, and the guide ---

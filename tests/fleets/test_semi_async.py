@@ -21,11 +21,11 @@ def at_quorum(bench, quorum=0.7, inner=None):
     )
 
 
-def rounds(bench, orders_of, count, quorum=0.7):
+def rounds(bench, orders_of, count, quorum=0.7, totals=None):
     """So many rounds with these orders; the replies of each."""
-    found = []
+    found, totals = [], [] if totals is None else totals
     for round in range(count):
-        bench.fleet.begin_round(round)
+        totals.append(bench.fleet.begin_round(round))
         fleet = at_quorum(bench, quorum)
         found.append(fleet.ask(do, orders_of(fleet)))
         bench.fleet.end_round(0.0)
@@ -58,11 +58,12 @@ def test_a_late_reply_comes_in_a_later_round_with_its_own_order(lab):
     def orders_of(fleet):
         return everyone(fleet, Job(load=f"round {bench.records.round}"))
 
-    first, second = rounds(bench, orders_of, 2)
+    first, second = rounds(bench, orders_of, 2, totals=(totals := []))
     replied = {reply.device for reply in first}
     (late,) = [reply for reply in second if reply.late]
     assert late.device not in replied and late.late == 1
     assert late.order.load == "round 0"
+    assert [(each.late, each.lost) for each in totals] == [(0, 0), (1, 0)]
     assert {reply.order.load for reply in second if not reply.late} == {"round 1"}
 
 

@@ -143,6 +143,8 @@ def test_killed_while_replies_are_late(job) -> None:
     assert_same(plan["folder"], whole["folder"])
     asked = [row["round"] for row in records_of(whole["folder"]) if row["row"] == "exchange"]
     assert len(asked) < 9  # in a later round somebody was busy
+    summary = summary_of(whole["folder"])
+    assert summary["replies_late"] > 0 == summary["replies_lost"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 equals zeroing.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from huggingface_hub.utils import logging
@@ -156,3 +158,23 @@ def test_loading_is_silent(tmp_path):
 def test_an_unknown_tiny_model_is_refused(tmp_path):
     with pytest.raises(BadInput, match="did you mean 'bert'"):
         write_tiny(tmp_path, "berd")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda adapter, a, b: adapter.pop(b), "has {a} without {b}"),
+        (lambda adapter, a, b: adapter.pop(a), "has {b} without {a}"),
+        (lambda adapter, a, b: adapter.update(x=adapter[a]), "has x, which is no factor"),
+    ],
+)
+def test_a_factor_without_effect_is_refused(tmp_path, change, line):
+    base, _ = tiny(tmp_path, "bert")
+    model, path = model_on(base), base.layout.sites[0].path
+    names = {"a": a_name(path), "b": b_name(path)}
+    adapter = dict(model.adapter)
+    change(adapter, **names)
+    with pytest.raises(ValueError, match=line.format(**names)):
+        base.fit(replace(model, adapter=adapter))
+    with pytest.raises(ValueError, match=line.format(**names)):
+        base.fit_stack([model.structure], adapter, model.head, model.scale)

@@ -14,6 +14,7 @@ from fedspine.core.fleet import AllLost, Diverged, NoMemory, none_left
 from fedspine.execution.workers import WorkerLost, WorkFailed
 from fedspine.lm import importance_sources
 from fedspine.methods import fedlora
+from fedspine.methods.fedspine import FedSpine
 from fedspine.runs.failure_advice import advice
 
 FOLDER = Path("runs/one")
@@ -37,7 +38,7 @@ def recipe(drop=0.0, workers=0, **method):
     return SimpleNamespace(
         fleet=SimpleNamespace(drop=drop),
         run=SimpleNamespace(workers=workers),
-        method=SimpleNamespace(**{"learning_rate": 2e-4} | method),
+        method=SimpleNamespace(**{"name": "fedspine", "learning_rate": 2e-4} | method),
     )
 
 
@@ -184,6 +185,12 @@ def test_a_state_that_no_device_can_use_twice_gives_way_to_the_one_before(
     assert done == [0, 1, 2, 3]
 
 
+def test_a_round_that_does_not_count_itself_ends_the_run(job, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(FedSpine, "round", lambda method, state, fleet: state)
+    code, _, (line,) = command("run", *job(), "--out", tmp_path / "run", "--json")
+    assert code == 2 and "a state with round = 0, but 1 was expected" in line
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_work_that_fails_would_fail_again(job, command, tmp_path, monkeypatch, workers):
     def breaks(*values, **options):
@@ -229,6 +236,12 @@ ADVICE = {  # the error, the recipe, whether devices are simulated, what is said
     "lost": (AllLost("x"), recipe(), True, [RESUME]),
     "sites lost": (AllLost("x"), recipe(drop=0.5), False, [RESUME]),
     "a bug": (ZeroDivisionError("x"), recipe(), True, ["change the recipe", NEW]),
+    "a bug in another's method": (
+        ZeroDivisionError("x"),
+        recipe(name="x"),
+        True,
+        ["types", RESUME],
+    ),
     "a bug at sites": (ZeroDivisionError("x"), recipe(), False, [RESUME]),
     "a bug in a worker": (
         worker_failure(ZeroDivisionError("x"), of_machine=False),

@@ -98,7 +98,7 @@ def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     shown.started(20, "fedspine", done=2)
     shown.stage("scoring")
     shown.round_done(STATUS)
-    shown.round_done(replace(STATUS, round=4, accuracy=None, loss=1.5))
+    shown.round_done(replace(STATUS, round=4, accuracy=None, loss=1.5, checked=2))
     shown.finished(tables.summary_table(SUMMARY))
     shown.close()
     out, err = capsys.readouterr()
@@ -109,7 +109,7 @@ def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
         "round 3/20  accuracy 71.0 %  sparsity 22.0 %  simulated 2 min 05 s  traffic 1.5 kB"
         "  about 4 min 47 s left"
     )
-    assert "loss 1.500" in fourth
+    assert "loss 1.500 (round 2)" in fourth
     assert any("Device models" in line for line in table)
 
 

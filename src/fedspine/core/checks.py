@@ -146,6 +146,22 @@ def check_state(state: Any) -> None:
                 check_state(item)
 
 
+def check_rounds_done(state: Any, done: int, function: str) -> None:
+    """Raise TypeError for what a method's `start` or `round` returned unless it is a message whose
+    field `round` is the number of rounds done.
+    """
+    if not is_dataclass(state) or not hasattr(state, "round"):
+        raise TypeError(
+            f"{function} of the method returned {short(state)}, but a message with a field `round` "
+            "was expected"
+        )
+    if state.round != done:
+        raise TypeError(
+            f"{function} of the method returned a state with round = {short(state.round)}, but "
+            f"{done} was expected, the number of rounds done"
+        )
+
+
 def need(holds: bool, line: str) -> None:
     """Raise Unusable with this line unless it `holds`."""
     if not holds:

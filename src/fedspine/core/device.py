@@ -35,8 +35,8 @@ FEWEST_OF_CLASS = 3
 class Device:
     """One device, as passed to its work.
 
-    `memory` holds messages that outlive the exchange; `rng` is seeded from the run's seed, the
-    device and the number of asks that it has served.
+    `memory` holds messages, or what they may hold, by name for the device's next ask; `rng` is
+    seeded from the run's seed, the device and the number of asks that it has served.
     """
 
     id: DeviceId

@@ -3,7 +3,7 @@ its hyper-parameters.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
@@ -169,7 +169,8 @@ def method(
     A method that can train nets on arrays has `models: ClassVar = ("transformer", "net")`; without
     it, a recipe with a net is refused. `privacy: ClassVar = ("rows", "devices")` names the levels
     of `[privacy]` that a method supports; without it, none. Raises TypeError for a name that
-    another class has; a class that is defined again, as in a notebook, replaces itself.
+    another class has, and for a class that is not a frozen dataclass whose fields have defaults; a
+    class that is defined again, as in a notebook, replaces itself.
 
     >>> from dataclasses import dataclass
     >>> from fedspine import method
@@ -189,6 +190,7 @@ def method(
                 f"the name {name!r} is taken by {known.__module__}.{known.__qualname__}; "
                 "choose another"
             )
+        _check_settings(cls)
         _METHODS[name] = cls
         cls.name = name  # type: ignore[attr-defined]
         late = None if merges_late is None else name_of(merges_late)
@@ -204,6 +206,27 @@ def method(
         return cls
 
     return register
+
+
+def _check_settings(cls: type) -> None:
+    parameters = vars(cls).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise TypeError(
+            f"{cls.__name__} is not a frozen dataclass; write @dataclass(frozen=True) between "
+            "@method and the class"
+        )
+    for field in fields(cls):
+        if field.default is MISSING:
+            raise TypeError(
+                f"the setting {field.name} of {cls.__name__} has no default; write "
+                f"{field.name}: ... = VALUE"
+            )
+
+
+def missing_functions(cls: type) -> list[str]:
+    """The functions of `Method` that a run calls and this class lacks."""
+    wanted = ("check", "start", "round", "deploy", "unpruned")
+    return [name for name in wanted if not callable(getattr(cls, name, None))]
 
 
 def registered() -> dict[str, type]:

@@ -116,6 +116,8 @@ class FlareFleet:
             came = entry.came.result()
             session.record(entry.work.__name__, entry.device, entry.started, came)
             if came.missing is None:
+                with session.lock:
+                    session.totals.late += session.round > entry.round
                 session.waits.busy(entry.device, entry.started, entry.started + came.cost.seconds)
                 return Reply(
                     device=entry.device,

@@ -17,7 +17,8 @@ class Totals:
     """Sums over the exchanges of a round or of a run; `peak_memory_bytes` is their maximum."""
 
     exchanges: int = 0
-    lost: int = 0
+    lost: int = 0  # an order or its reply, or a reply that came after a time limit
+    late: int = 0  # replies to an order of an earlier round
     samples: int = 0
     waiting_seconds: float = 0.0
     bytes_up: int = 0

@@ -133,6 +133,7 @@ class SimulatedFleet:
             raise Idle("no reply is under way; send an order first")
         world.pending.remove(entry)
         self._clock.now = max(self.now, entry.due)
+        world.totals.late += world.round > entry.round
         return Reply(
             device=entry.device,
             value=unpack(entry.result.tobytes()),

@@ -21,7 +21,7 @@ from fedspine.core.tensors import moved, padded
 from fedspine.lm.attention import module_inputs
 from fedspine.lm.digest import tensors_sha256
 from fedspine.lm.frozen import Frozen, QuantisedWeight, expanded, quantised
-from fedspine.lm.lora import AdaptedLinear, a_name, b_name, w_name
+from fedspine.lm.lora import AdaptedLinear, a_name, b_name, check_complete, w_name
 from fedspine.lm.pooling import BiEncoder, reading
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite, QuantisedLayout, unit_map
 from fedspine.lm.structure import Structure, cut, is_full, kept_columns, kept_rows, key_of
@@ -187,6 +187,7 @@ class Base:
         model has it, which runs faster.
         """
         slices = self._sliced(model.structure)
+        check_complete(model.adapter, self.weights)
         for site in self.layout.sites:
             weight, bias = slices[site.path]
             a, b = model.adapter.get(a_name(site.path)), model.adapter.get(b_name(site.path))
@@ -208,6 +209,7 @@ class Base:
         smaller than the largest. Models of the same structure share the base's weights.
         """
         slices = [self._sliced(structure) for structure in structures]
+        check_complete(adapter, self.weights)
         shared = all(each is slices[0] for each in slices)
         for site in self.layout.sites:
             weight, bias = slices[0][site.path]

@@ -43,6 +43,19 @@ def is_b(name: str) -> bool:
     return name.endswith(".lora_B")
 
 
+def check_complete(adapter: Collection[str], paths: Collection[str]) -> None:
+    """Raise ValueError unless these names of factors come in pairs, A and B, of layers at `paths`;
+    any other factor would have no effect.
+    """
+    for name in adapter:
+        path = name.rpartition(".")[0]
+        if path not in paths or not (is_a(name) or is_b(name)):
+            raise ValueError(f"the adapter has {name}, which is no factor of a layer of this model")
+        other = b_name(path) if is_a(name) else a_name(path)
+        if other not in adapter:
+            raise ValueError(f"the adapter has {name} without {other}; a model needs both factors")
+
+
 class AdaptedLinear(nn.Module):
     """A linear layer whose weight is frozen or trained, with an optional low-rank adapter in fp32.
 

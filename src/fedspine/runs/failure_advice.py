@@ -11,6 +11,7 @@ from fedspine.core.errors import of_machine
 from fedspine.core.fleet import AllLost, Diverged, NoMemory
 from fedspine.core.privacy import SPENT
 from fedspine.execution.workers import WorkerLost, WorkFailed
+from fedspine.methods import comes_with_fedspine
 from fedspine.runs.config import Recipe
 
 
@@ -20,7 +21,8 @@ def advice(
     """What follows the cause in the one line that ends a run; `saved` says how many of its rounds
     are in `folder`.
     """
-    resume = f"{saved}; resume with: fedspine run --resume {folder}"
+    again = f"fedspine run --resume {folder}"
+    resume = f"{saved}; resume with: {again}"
     anew = f"{saved}, but a resume would end the same way"
     match error:
         case Diverged():
@@ -41,6 +43,12 @@ def advice(
             return _with_less(recipe, saved, folder) if _memory(error) else resume
         case _ if not simulated:
             return resume
+        case _ if not comes_with_fedspine(recipe.method.name):
+            module = type(recipe.method).__module__
+            return (
+                f"{saved}; if the fault is in {module}, correct it there and resume with: {again}, "
+                f'or resume("{folder}") in Python'
+            )
     return f"{anew}: change the recipe and start a new run"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedspine.core.checks import Terms, check_state
+from fedspine.core.checks import Terms, check_rounds_done, check_state
 from fedspine.core.errors import BadInput
 from fedspine.core.method import planned_sparsities
 from fedspine.core.process import keep_freed_memory
@@ -188,7 +188,9 @@ def _wrap_up(run_dir: Path) -> None:
 
 
 def _begun(context: RunContext) -> Point:
-    return Point(round=0, state=begun(context.recipe, context.assembled.task))
+    state = begun(context.recipe, context.assembled.task)
+    check_rounds_done(state, 0, "start")
+    return Point(round=0, state=state)
 
 
 def _restored(context: RunContext, saved: Saved) -> Point:
@@ -223,7 +225,7 @@ def _rounds(context: RunContext, point: Point, progress: RunObserver) -> Estimat
             progress.say(context.workers.lost.pop(0))
         begun = time.monotonic()
         if checked := evaluation.check(context, point):
-            found = checked
+            found = checked | {"round": point.round}
             estimate.saw_check(point.round, time.monotonic() - begun)
             doubt = (
                 evaluation.current_doubt(context, point)
@@ -243,6 +245,7 @@ def _rounds(context: RunContext, point: Point, progress: RunObserver) -> Estimat
                 clock=context.fleet.clock,
                 accuracy=found.get("accuracy"),
                 loss=found.get("loss"),
+                checked=found.get("round"),
                 sparsity=found.get("sparsity"),
                 bytes_moved=point.sums.bytes_up + point.sums.bytes_down,
             )
@@ -296,6 +299,7 @@ def _one_round(context: RunContext, point: Point) -> tuple[float, int]:
         exchanges=context.exchanges,
     )
     state = context.recipe.method.round(point.state, fleet)
+    check_rounds_done(state, point.round + 1, "round")
     check_state(state)
     point.state = state
     seconds = time.monotonic() - started

@@ -9,7 +9,7 @@ import pydantic
 
 from fedspine.core import parts, strict
 from fedspine.core.errors import BadInput
-from fedspine.core.method import registered
+from fedspine.core.method import missing_functions, registered
 from fedspine.methods import all_methods, find
 from fedspine.runs.recipe_format import GONE, MOVED, OF_THE_FLEET, TABLES
 
@@ -34,6 +34,11 @@ def method_of(given: Any) -> Any:
     if not isinstance(name, str):
         raise BadInput(f"method.name must be a name in quotes, got {name!r}")
     cls = find(name)
+    if missing := missing_functions(cls):
+        raise BadInput(
+            f"the method {name} cannot run, because {cls.__name__} does not define "
+            f"{' and '.join(missing)}; fedspine.Method says what each returns"
+        )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in (key for key in table if key not in fields):
         _refuse_moved(name, cls, key)

@@ -17,6 +17,7 @@ class RunStatus:
     rounds: int | None = None  # expected in all; None: as announced at the start
     accuracy: float | None = None
     loss: float | None = None
+    checked: int | None = None  # the round of accuracy, loss and sparsity; None: this one
     sparsity: float | None = None
     bytes_moved: int | None = None
     seconds_left: float | None = None  # of wall time until the run's end

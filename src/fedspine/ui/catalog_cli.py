@@ -3,8 +3,9 @@
 import dataclasses
 import json as jsonlib
 import sys
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -12,10 +13,15 @@ import fedspine
 from fedspine.ui.options import Json, print_table
 
 
-def methods(json: Json = False) -> None:
+def methods(
+    method: Annotated[
+        str | None, typer.Argument(metavar="METHOD", help="Show only this method.")
+    ] = None,
+    json: Json = False,
+) -> None:
     """List the methods and their settings, including those of installed packages."""
     from fedspine.core import parts
-    from fedspine.methods import all_methods, broken, packages
+    from fedspine.methods import all_methods, broken, find, packages
 
     found = {
         name: {
@@ -30,9 +36,9 @@ def methods(json: Json = False) -> None:
                 if len(choices) > 1
             },
         }
-        for name, cls in all_methods().items()
+        for name, cls in (all_methods() if method is None else {method: find(method)}).items()
     }
-    for one in broken():
+    for one in broken() if method is None else ():
         print(f"fedspine: {one.line}", file=sys.stderr)
     if json:
         print(jsonlib.dumps(found))

@@ -175,8 +175,11 @@ def _eta(status: RunStatus) -> list[str]:
 def _parts(status: RunStatus) -> list[str]:
     """The numbers that are known, each with its name."""
     judged = status.accuracy is not None
+    known = percent(status.accuracy) if judged else decimal(status.loss)
+    if known != MISSING and status.checked not in (None, status.round):
+        known += f" (round {status.checked})"
     named = (
-        ("accuracy", percent(status.accuracy)) if judged else ("loss", decimal(status.loss)),
+        ("accuracy" if judged else "loss", known),
         ("sparsity", percent(status.sparsity)),
         (status.clock, seconds_text(status.now)),
         ("traffic", bytes_text(status.bytes_moved)),
