@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import ridge
 
-from fedspine.control.depth import choose_depths, features, own_ranks, rising_ranks, round_seconds
+from fedspine.control.depth import (
+    DepthPlanner,
+    choose_depths,
+    features,
+    own_ranks,
+    rising_ranks,
+    round_seconds,
+)
 from fedspine.control.latency_model import add, coefficients, no_evidence
 
 RULES = ("barrier-floor", "align-fastest", "tiers", "fixed")
@@ -125,6 +132,33 @@ def test_own_ranks_fit_the_link() -> None:
     assert own_ranks(ranks, 3, 0.1, 100.0) == (8, 8, 10)
     assert own_ranks(ranks, 3, 1.0, 13.0) == (4, 4, 5)
     assert own_ranks(ranks, 3, 1.0, -5.0) == (1, 1, 1)
+
+
+def test_a_device_with_a_slow_link_cuts_its_ranks_to_be_done_with_half_of_the_devices() -> None:
+    links = {"a": 3.0, "b": 3.0, "c": 3.0, "slow": 9.0}  # seconds of the traffic of all blocks
+    traffic = np.arange(5) / 4
+    times = {}
+    for device, link in links.items():
+        times[device] = no_evidence()
+        for work, depth in ((0.2, 2), (0.2, 4), (1.0, 1), (1.0, 4)):
+            seen = features(work, depth, 4, traffic[depth])
+            seconds = float(seen @ [4.0, 4.0, link])
+            times[device] = add(times[device], seen, seconds, 1.0)
+    settings = {"rule": "fixed", "ranks": (4, 6, 8, 10), "traffic": traffic, "fixed": 4}
+    common, own = (
+        DepthPlanner(**settings, least=1, coverage=0.0, fit_ranks=fit).plan(
+            times, {}, dict.fromkeys(links, 4)
+        )
+        for fit in (False, True)
+    )
+    assert common.ranks == {}
+    assert [own.ranks[id] for id in "abc"] == [settings["ranks"]] * 3
+    cut, link = own.ranks["slow"], common.seconds["slow"] - own.seconds["slow"]
+    assert 1 < max(cut) < 10
+    assert common.seconds["a"] == own.seconds["a"] < common.seconds["slow"]
+    # done with the others, which one more rank of each block would not be
+    a_rank = link / (28 - sum(cut))
+    assert own.seconds["slow"] <= own.seconds["a"] < own.seconds["slow"] + 4 * a_rank
 
 
 def test_a_stack_of_devices_has_the_coefficients_of_each() -> None:

@@ -117,6 +117,8 @@ class DepthPlanner:
             chosen = np.minimum(spread.round().astype(int), largest)
         expected = seconds[np.arange(len(devices)), chosen]
         ranks = self._fitted(costs, chosen, expected) if self.fit_ranks and times else []
+        if ranks:
+            expected = expected - self._saved(costs, chosen, ranks)
         return DepthPlan(
             depths=dict(zip(devices, map(int, chosen), strict=True)),
             seconds=dict(zip(devices, map(float, expected), strict=True)),
@@ -129,14 +131,33 @@ class DepthPlanner:
         depths: NDArray[np.int64],
         expected: NDArray[np.float64],
     ) -> list[tuple[int, ...]]:
-        """Each device's ranks, such that it is done with the slowest of the round."""
-        found = []
-        for depth, cost, mine in zip(depths, costs, expected, strict=True):
-            link = cost[2] * self.traffic[depth] / self.traffic[-1]  # seconds of its traffic
-            tail = sum(self.ranks[len(self.ranks) - depth :])
-            spare = expected.max() - (mine - link)
-            found.append(own_ranks(self.ranks, int(depth), link / tail, spare))
-        return found
+        """Each device's ranks, such that it is done when half of the round's devices are."""
+        sending = self._sending(costs, depths)
+        spare = np.median(expected) - (expected - sending)
+        return [
+            own_ranks(self.ranks, int(depth), float(link) / sum(self._tail(depth)), float(left))
+            for depth, link, left in zip(depths, sending, spare, strict=True)
+        ]
+
+    def _saved(
+        self,
+        costs: NDArray[np.float64],
+        depths: NDArray[np.int64],
+        ranks: Sequence[tuple[int, ...]],
+    ) -> NDArray[np.float64]:
+        """The seconds of traffic that each device saves by its own ranks."""
+        kept = [sum(own) / sum(self._tail(k)) for k, own in zip(depths, ranks, strict=True)]
+        return self._sending(costs, depths) * (1 - np.array(kept))
+
+    def _sending(
+        self, costs: NDArray[np.float64], depths: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Seconds of each device's traffic at the common ranks."""
+        return costs[:, 2] * self.traffic[depths] / self.traffic[-1]
+
+    def _tail(self, depth: int) -> tuple[int, ...]:
+        """The common ranks of the blocks that a device of this depth trains."""
+        return self.ranks[len(self.ranks) - int(depth) :]
 
 
 def rising_ranks(layers: int, budget: int, difference: float) -> tuple[int, ...]:
