@@ -375,8 +375,9 @@ def test_the_sweeps_of_the_experiments_can_be_run(file, monkeypatch, tmp_path):
     shared = EXPERIMENTS.parent.parent / "shared"
     if not (shared / "data").is_dir():
         pytest.skip("the data sets are not beside the repository, in shared/data")
-    for name in ("emoji", "here"):  # the former is made by a script
-        (tmp_path / name).mkdir()
+    made = ("emoji", "snippets/reviews", "snippets/tweets", "snippets/editorials")  # by scripts
+    for name in ("here", *made):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "shared").symlink_to(shared)
     monkeypatch.chdir(tmp_path / "here")
     cells = plan(file)
