@@ -4,7 +4,6 @@ fedspine, and every refusal.
 
 import dataclasses
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -149,7 +148,6 @@ def test_without_executorch(monkeypatch):
 
 
 def test_a_language_model_has_no_program(tiny_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fedspine.exports.executorch_program.find_spec", lambda name: sys)
     data = write_csv(tmp_path / "rows.csv")
     short = {"task__kind": "causal-lm", "run__rounds": 1, "fleet__per_round": 1}
     job = tiny_job(tiny_folder("llama"), data, **short)
@@ -157,5 +155,5 @@ def test_a_language_model_has_no_program(tiny_folder, tmp_path, monkeypatch, cap
     words = ("export", tmp_path / "run", "--to", tmp_path / "model", "--format", "executorch")
     code, out, (line,) = in_process(monkeypatch, capsys, *words)
     assert (code, out) == (2, "")
-    assert "this llama is a language model; use --format hf, --format onnx" in line
+    assert "this run tuned a language model; use --format hf, --format onnx" in line
     assert not (tmp_path / "model").exists()

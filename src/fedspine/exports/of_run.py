@@ -292,7 +292,7 @@ def _unknown_quantisation(format: str, quantize: str, known: tuple[str, ...]) ->
 def _other_runtime(format: str, kind: TaskKind) -> Any:
     """The module that exports for a runtime other than PyTorch; None for the other formats.
 
-    Raises BadInput if its packages are not installed.
+    Raises BadInput for a kind of task that it does not support, and if its packages are missing.
     """
     match format:
         case "onnx":
@@ -301,6 +301,11 @@ def _other_runtime(format: str, kind: TaskKind) -> Any:
             onnx_graph.check_installed()
             return onnx_decoder if kind == "causal-lm" else onnx
         case "executorch":
+            if kind == "causal-lm":
+                raise BadInput(
+                    "--format executorch is for classifiers of texts, and this run tuned a "
+                    "language model; use --format hf, --format onnx, --format gguf or --format peft"
+                )
             from fedspine.exports import executorch, executorch_program
 
             executorch_program.check_installed()
@@ -313,13 +318,9 @@ def _other_runtime(format: str, kind: TaskKind) -> Any:
 
 
 def check_kind(format: str, run: RunModel) -> None:
-    """Raise BadInput for a model that a format does not support."""
+    """Raise BadInput for a model that a format does not support, and if packages are missing."""
+    _other_runtime(format, run.record.kind)
     decoder, architecture = run.base.layout.decoder, run.base.config.model_type
-    if format == "executorch" and run.record.kind == "causal-lm":
-        raise BadInput(
-            f"--format executorch is for classifiers of texts, and this {architecture} is a "
-            "language model; use --format hf, --format onnx, --format gguf or --format peft"
-        )
     if format == "gguf" and not decoder:
         raise BadInput(
             f"--format gguf is for language models on decoders, and {architecture} is an encoder; "
