@@ -216,7 +216,7 @@ def _check_settings(cls: type) -> None:
             "@method and the class"
         )
     for field in fields(cls):
-        if field.default is MISSING:
+        if field.default is MISSING and field.default_factory is MISSING:
             raise TypeError(
                 f"the setting {field.name} of {cls.__name__} has no default; write "
                 f"{field.name}: ... = VALUE"

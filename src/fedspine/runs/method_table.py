@@ -37,7 +37,7 @@ def method_of(given: Any) -> Any:
     if missing := missing_functions(cls):
         raise BadInput(
             f"the method {name} cannot run, because {cls.__name__} does not define "
-            f"{' and '.join(missing)}; fedspine.Method says what each returns"
+            f"{', '.join(missing)}; fedspine.Method says what each returns"
         )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in (key for key in table if key not in fields):
