@@ -157,9 +157,7 @@ def test_what_is_wrong_with_a_package_is_one_line_and_others_work(
     package(tmp_path, "plain", plain, plain="plain:Mine")
     bare = METHOD.format(name="bare").replace("rank: int = 8", "rank: int")
     package(tmp_path, "bare", bare, bare="bare:Mine")
-    made = METHOD.format(name="sound").replace("= 8", "= field(default_factory=lambda: 8)")
-    made = made.replace("import dataclass", "import dataclass, field")
-    package(tmp_path, "sound", made, sound="sound:Mine")
+    package(tmp_path, "sound", METHOD.format(name="sound"), sound="sound:Mine")
     before = set(methods.all_methods())
     installed(tmp_path)
     assert set(methods.all_methods()) == before | {"sound"}
@@ -177,7 +175,7 @@ def test_what_is_wrong_with_a_package_is_one_line_and_others_work(
         "plain": "method 'plain' of plain 1.0 cannot be used: TypeError: Mine is not a frozen "
         "dataclass; write @dataclass(frozen=True) between @method and the class",
         "bare": "method 'bare' of bare 1.0 cannot be used: TypeError: the setting rank of Mine has "
-        "no default; write rank: ... = VALUE",
+        "no default value; write rank: ... = VALUE, such as a tuple in place of a list",
     }
     with pytest.raises(BadInput, match="Mine does not define check, start, round, deploy"):
         Recipe(method="sound")

@@ -216,10 +216,10 @@ def _check_settings(cls: type) -> None:
             "@method and the class"
         )
     for field in fields(cls):
-        if field.default is MISSING and field.default_factory is MISSING:
+        if field.default is MISSING:
             raise TypeError(
-                f"the setting {field.name} of {cls.__name__} has no default; write "
-                f"{field.name}: ... = VALUE"
+                f"the setting {field.name} of {cls.__name__} has no default value; write "
+                f"{field.name}: ... = VALUE, such as a tuple in place of a list"
             )
 
 
