@@ -159,6 +159,7 @@ def test_students_in_one_pass_have_their_own_teachers(task):
         for name, tensor in alone.items():
             apart += float((tensor - trained[i].model.adapter[name]).square().sum())
             moved += float((tensor - student.adapter[name]).square().sum())
+        # as in test_together: rounding makes up 1 % of the change, another device's rows all of it
         assert apart < 0.05**2 * moved
         alone = tune(device_on(task, seed=i), student, still, taught=taught)
         assert losses[i] == pytest.approx(alone.loss, rel=TINY)

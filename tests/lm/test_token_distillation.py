@@ -151,6 +151,7 @@ def test_students_in_one_pass_have_their_own_teachers(language, teacher, student
             return sum(float((t - alone[name]).square().sum()) for name, t in adapter.items())
 
         moved = off(student.adapter)
+        # as in test_together: rounding makes up 1 % of the change, another device's rows all of it
         assert off(together[i].model.adapter) < 0.05**2 * moved
         if i == 0:  # which would be seen
             assert off(swapped) > 0.5**2 * moved

@@ -303,7 +303,9 @@ def test_batches_follow_the_speed_that_was_measured(lab):
         if row["round"] == 1 and "merged_kl" in row["values"]
     ]
     assert note["merged_rows"] == sum(second.values())
-    assert 0 <= note["waiting_planned"] < 0.3
+    # Eq. 9 rounds batches down, each by less than one row of 32 or of what its speed allows
+    lost = np.mean([1 / (batch + 1) for batch in second.values()])
+    assert 0 <= note["waiting_planned"] <= lost
     assert all(worker.rounds == 2 for worker in state.workers.values())
 
 

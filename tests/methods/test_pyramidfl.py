@@ -218,6 +218,7 @@ def test_a_thinned_update_weighs_less_and_is_put_back_where_it_was(bench, waves_
     rows = {row["device"]: row["bytes_up"] for row in lab.rows("exchange") if row["round"] == 1}
     for id, drop in drops.items():
         numbers = sum(tensor.numel() for tensor in state.model.weights.values())
+        # beside the numbers, names and shapes of the tensors and which entries are dropped
         assert rows[id] == pytest.approx(4 * numbers * (1 - drop), rel=0.02)
         whole = whole_update(results[id], orders[id].weights, drop)
         for name, tensor in whole.items():

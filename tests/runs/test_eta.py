@@ -88,6 +88,7 @@ def test_the_embedded_job_says_after_three_rounds_when_it_ends(precision) -> Non
     estimate = Estimate(job)
     for round in range(3):
         estimate.saw_round(round, rounds[round], samples=4 * 16 * 8)
+    # what a run promises after three rounds: within 10 %
     assert estimate.seconds_left(3, len(rounds)) == pytest.approx(rest, rel=0.1)
 
 
