@@ -99,7 +99,7 @@ def test_what_has_no_final_score_or_prunes_nothing_is_refused(command, pruned, t
     code, _, (line,) = command("show", other, "--reference", pruned)
     assert code == 2 and "prunes nothing" in line
     code, _, (line,) = command("show", pruned, "--all", "--reference", other)
-    assert code == 2 and "leave --reference or --all out" in line
+    assert code == 2 and "--all cannot be combined with --reference; leave one of them out" in line
     (other / "summary.json").unlink()
     code, _, (line,) = command("show", pruned, "--reference", other)
     assert code == 2 and f"{other} is not finished" in line
