@@ -334,6 +334,7 @@ print(f"a site's answer: {most(payload, twice):.2f}")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+@pytest.mark.slow
 def test_decoding_takes_at_most_three_times_the_message():
     """The message included; of the resident memory, which counts what torch allocates too."""
     # blocks of their own, which are given back at once: else one is measured in what another left

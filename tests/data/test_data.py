@@ -501,6 +501,7 @@ def paragraphs():
     return pydocs.read()
 
 
+@pytest.mark.slow
 def test_pydoc_topics_has_the_documented_size(paragraphs):
     origins = {}
     for text, topic, file in paragraphs:
@@ -514,12 +515,14 @@ def test_pydoc_topics_has_the_documented_size(paragraphs):
         assert 400 <= len(origins) <= 500
 
 
+@pytest.mark.slow
 def test_pydoc_topics_is_the_same_every_time_and_quick(paragraphs):
     begin = time.process_time()
     assert pydocs.read() == paragraphs
     assert time.process_time() - begin < 15  # about 1.5 s on a slow core
 
 
+@pytest.mark.slow
 def test_pydoc_qa_asks_about_functions_and_answers_from_their_docs():
     data = load("pydoc-qa", kind="causal-lm", answers=True)
     assert data.natural == "file" and not data.left_out

@@ -56,6 +56,7 @@ def whole(number: float) -> int:
     ("sparsity", "makespan", "mean", "waiting"),
     [(0.0, 138, 60, 79), (0.3, 102, 44, 58), (0.5, 78, 34, 44)],
 )
+@pytest.mark.slow
 def test_reference_table(sparsity, makespan, mean, waiting):
     # The reading that reproduces it: Monte-Carlo over fleets; one bandwidth per exchange, down and
     # up; its mean (not its median) is the group's; neither head nor index lists travel. With a 590k

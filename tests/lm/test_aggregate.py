@@ -109,6 +109,7 @@ def close(ours, theirs):
 
 @settings(deadline=None, max_examples=15)
 @given(seeds)
+@pytest.mark.slow
 def test_nobody_training_changes_nothing_over_five_rounds(seed):
     rng = np.random.default_rng(seed)
     adapter = adapter_of(rng, LARGEST)

@@ -72,6 +72,7 @@ def orders_of(spy, name):
     ],
     ids=["off", "random", "paper", "on"],
 )
+@pytest.mark.slow
 def test_adasfl_with_parts_is_mergesfl_plus_with_them_and_copies(lab, parts):
     """Both ask the same of the same devices and make the same model, to the bit."""
     composed = COMMON | OFF | parts
@@ -98,6 +99,7 @@ def test_without_parts_no_state_knows_of_them(cls, lab):
 
 
 @pytest.mark.parametrize("cls", [SplitFedV2, SplitLora], ids=lambda cls: cls.name)
+@pytest.mark.slow
 def test_all_parts_together_in_a_rival(cls, lab):
     method = cls(**COMMON | ON | {"steps": 8, "rank": 32})
     bench = lab(kinds=UNEQUAL)
@@ -114,6 +116,7 @@ def test_all_parts_together_in_a_rival(cls, lab):
     assert bits(method.deploy(state)) == bits(state.mean) != bits(state.model)
 
 
+@pytest.mark.slow
 def test_the_mean_over_rounds_is_deployed_and_training_goes_on_from_the_last(lab):
     bench, method = lab("mean"), SplitFedV2(**COMMON, averaging=RoundsMean())
     first = bench.run(method, rounds=1)
@@ -125,6 +128,7 @@ def test_the_mean_over_rounds_is_deployed_and_training_goes_on_from_the_last(lab
     assert bits(second.model) == bits(lab("last").run(SplitFedV2(**COMMON), rounds=2).model)
 
 
+@pytest.mark.slow
 def test_late_joining_alone_needs_nothing_else(lab):
     """Devices whose first features come late are merged later, and the batches stay as they are."""
     method = SplitFedV2(**COMMON | {"steps": 8, "rank": 32}, joining=Late())
