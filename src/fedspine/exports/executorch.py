@@ -15,6 +15,7 @@ from fedspine.exports.graph_folder import (
     TOKENIZER,
     FromTokens,
     classifier_signature,
+    code_for,
     copy_as_graph,
     opened,
     set_up_tokenizer,
@@ -102,11 +103,6 @@ def export(
 
 
 def _readme(card: Card, measured: str) -> str:
-    code = CODE
-    if card.kind == "pair":
-        code = CODE.replace("sys.argv[2:]", "list(zip(sys.argv[2::2], sys.argv[3::2]))")
-    if card.pooling == "bi-encoder":
-        code = CODE_APART
     return f"""{front_matter("executorch", card.provenance)}
 # {card.name}
 
@@ -121,5 +117,5 @@ ids in, class logits out, up to {executorch_program.MOST_ROWS} rows at a time.
 {measured}`{TOKENIZER}` truncates and pads rows. With `executorch` and `tokenizers` alone:
 
 ```python
-{code}```
+{code_for(card, CODE, CODE_APART)}```
 """

@@ -80,7 +80,8 @@ class _ThreadPool:
         from executorch.extension.pybindings import portable_lib
 
         if threads not in (None, portable_lib._threadpool_get_thread_count()):
-            portable_lib._unsafe_reset_threadpool(threads)
+            with _quiet():
+                portable_lib._unsafe_reset_threadpool(threads)
             self._changes += 1
         return self._changes
 
@@ -127,9 +128,9 @@ class Program:
                 f"a row has {tokens} tokens, but this program reads at most {self.most_tokens}; "
                 "use fewer tokens"
             )
-        with _quiet():
-            if (pool := _POOL.set(self._threads)) != self._pool:
-                self._pool = pool
+        if (pool := _POOL.set(self._threads)) != self._pool:
+            self._pool = pool
+            with _quiet():
                 self._load()
         given = [inputs.get(name, np.zeros_like(inputs[IDS])) for name in self.inputs]
         found = []

@@ -75,3 +75,14 @@ def set_up_tokenizer(path: Path, loaded: Loaded) -> None:
         pad_id=loaded.tokenizer.pad_token_id, pad_token=loaded.tokenizer.pad_token
     )
     tokenizer.save(str(path))
+
+
+def code_for(card: Card, code: str, apart: str) -> str:
+    """The lines of a README that run this classifier: `code` reads a text per argument, which is
+    changed to a pair per two arguments for pairs; `apart` is for a bi-encoder.
+    """
+    if card.pooling == "bi-encoder":
+        return apart
+    if card.kind == "pair":
+        return code.replace("sys.argv[2:]", "list(zip(sys.argv[2::2], sys.argv[3::2]))")
+    return code

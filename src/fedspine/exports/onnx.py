@@ -19,6 +19,7 @@ from fedspine.exports.graph_folder import (
     TOKENIZER,
     FromTokens,
     classifier_signature,
+    code_for,
     copy_as_graph,
     opened,
     set_up_tokenizer,
@@ -155,11 +156,6 @@ def calibration_feeds(graph: Path, rows: Examples | None) -> Feeds:
 
 
 def _readme(card: Card, quantize: str, measured: str) -> str:
-    code = CODE
-    if card.kind == "pair":
-        code = CODE.replace("sys.argv[2:]", "list(zip(sys.argv[2::2], sys.argv[3::2]))")
-    if card.pooling == "bi-encoder":
-        code = CODE_APART
     return f"""{front_matter("onnx", card.provenance)}
 # {card.name}
 
@@ -174,5 +170,5 @@ out.
 {measured}`{TOKENIZER}` truncates and pads rows. With `onnxruntime` and `tokenizers` alone:
 
 ```python
-{code}```
+{code_for(card, CODE, CODE_APART)}```
 """
