@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from fault_ground import rows
 
 from fedspine.lm.tiny import write_tiny
 
-SHARES = {"run": 0.5, "sweep": 0.3}  # of the kills; the others are those of real sites
+SITES = "sites"
+SHARES = {"run": 0.5, "sweep": 0.3, SITES: 0.2}  # of the kills
 ATTEMPTS = 100  # after which something does not go on
 ENDS = {"killed": -signal.SIGKILL, "terminated": 128 + signal.SIGTERM}
 # faults of real sites that are kills, as benchmarks/faults.py calls them
@@ -180,12 +181,14 @@ def tried(
     folder: Path,
     number: int,
     draw: random.Random,
-    sites: Callable[[str, int], dict[str, Any]] | None,
+    of: Collection[str],
+    at_sites: Callable[[str, int], dict[str, Any]],
 ) -> Iterator[tuple[str, Kills]]:
-    """So many kills, of runs, of sweeps and, where `sites` tries a fault, of real sites."""
-    made = jobs(folder)
+    """The kills of what `of` names, of so many in all; `at_sites` tries a fault at real sites."""
     wanted = {name: max(1, round(share * number)) for name, share in SHARES.items()}
-    for name, job in made.items():
+    for name, job in jobs(folder).items():
+        if name not in of:
+            continue
         began = time.monotonic()
         whole = job(f"{name}-whole")
         subprocess.run(whole.command(), check=True, capture_output=True)
@@ -197,11 +200,11 @@ def tried(
             count += 1
         kills.seconds = time.monotonic() - began
         yield name, kills
-    if sites is not None:
+    if SITES in of:
         began, kills = time.monotonic(), Kills()
-        for count in range(max(0, number - sum(wanted.values()))):
+        for count in range(wanted[SITES]):
             fault = draw.choice(AT_SITES)
-            outcome = sites(fault, count)
+            outcome = at_sites(fault, count)
             kills.hit(fault)
             if not outcome["fine"]:
                 kills.wrong.append(f"{fault}: {outcome}")

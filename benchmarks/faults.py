@@ -7,8 +7,8 @@ run of FedLoRA on a tiny model, at a random round and site. Afterwards the run i
 process, on the same rows and without exactly those replies that its records call lost: the state
 must have the same sha256. Writes results/faults.md; the exit code is 1 if any run ended badly.
 
-With `--kills N` it kills at random instead: runs, sweeps and, unless `--no-sites`, runs over those
-sites, N kills in all (fault_kills.py).
+With `--kills N` it kills at random instead: runs, sweeps and runs over those sites, N kills in all
+(fault_kills.py); with `--of` only some of these, with their share of the N.
 """
 
 import argparse
@@ -56,13 +56,17 @@ def main() -> int:
     parser.add_argument("--no-write", dest="write", action="store_false", help="only print")
     parser.add_argument("--kills", type=int, help="kill at random instead, so often in all")
     parser.add_argument(
-        "--no-sites", dest="sites", action="store_false", help="with --kills: here alone"
+        "--of",
+        nargs="+",
+        choices=list(fault_kills.SHARES),
+        default=list(fault_kills.SHARES),
+        help="with --kills: of what",
     )
     parser.add_argument("--cut", type=float, default=30.0, help="seconds that the network is cut")
     parser.add_argument("--within", type=float, default=15.0, help="seconds that an order may take")
     options = parser.parse_args()
     if options.kills is not None:
-        return killed(options.kills, options.seed, sites=options.sites, write=options.write)
+        return killed(options.kills, options.seed, of=options.of, write=options.write)
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder, ground(Path(folder)) as place:
         place.cut_seconds, place.within = options.cut, options.within
@@ -78,27 +82,26 @@ def main() -> int:
     return 0 if all(as_it_should(one) for tries in found.values() for one in tries) else 1
 
 
-def killed(number: int, seed: int, *, sites: bool, write: bool) -> int:
+def killed(number: int, seed: int, *, of: list[str], write: bool) -> int:
     """Kill at random; the exit code is 1 where something went wrong."""
-    draw, found = random.Random(seed), {}
+    draw, wrong = random.Random(seed), False
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         (Path(folder) / "sites").mkdir()
-        place = stack.enter_context(ground(Path(folder) / "sites")) if sites else None
+        if fault_kills.SITES in of:
+            place = stack.enter_context(ground(Path(folder) / "sites"))
 
         def at_sites(name: str, count: int) -> dict[str, Any]:
             outcome = tried(place, name, draw, count)
             return outcome | {"fine": as_it_should(outcome)}
 
-        for name, kills in fault_kills.tried(
-            Path(folder) / "here", number, draw, at_sites if sites else None
-        ):
-            found[name] = vars(kills)
+        for name, kills in fault_kills.tried(Path(folder) / "here", number, draw, of, at_sites):
             print(f"{name}: {vars(kills)}", flush=True)
-    if write:
-        kept = _kept()
-        now = {name: kills | {"machine": fault_kills.machine()} for name, kills in found.items()}
-        _keep(kept | {KILLS: kept.get(KILLS, {}) | now})
-    return 1 if any(kills["wrong"] for kills in found.values()) else 0
+            wrong = wrong or bool(kills.wrong)
+            if write:
+                kept = _kept()
+                now = vars(kills) | {"machine": fault_kills.machine()}
+                _keep(kept | {KILLS: kept.get(KILLS, {}) | {name: now}})
+    return int(wrong)
 
 
 def as_it_should(outcome: dict[str, Any]) -> bool:
