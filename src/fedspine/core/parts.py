@@ -8,8 +8,6 @@ import dataclasses
 import types
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import pydantic
-
 from fedspine.core import strict
 from fedspine.core.errors import BadInput, unknown
 
@@ -81,7 +79,7 @@ def part(where: str, choices: dict[str, type], default: Any, table: Any) -> Any:
     strict.known_keys(
         f"key of [{where}] for {name}", settings, [field.name for field in dataclasses.fields(cls)]
     )
-    made = strict.validated(where, pydantic.TypeAdapter(cls), settings, by_json=True)
+    made = strict.validated(where, cls, settings, by_json=True)
     begun = default if type(default) is cls else cls()
     return dataclasses.replace(begun, **{key: getattr(made, key) for key in settings})
 

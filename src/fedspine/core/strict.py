@@ -5,6 +5,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def section(name: str, cls: type[Section], table: dict[str, Any]) -> Any:
     key with the nearest valid one.
     """
     known_keys(f"key of [{name}]", table, cls.model_fields)
-    return validated(name, pydantic.TypeAdapter(cls), table)
+    return validated(name, cls, table)
 
 
 def known_keys(what: str, table: Iterable[str], known: Iterable[str]) -> None:
@@ -54,10 +55,8 @@ def known_keys(what: str, table: Iterable[str], known: Iterable[str]) -> None:
             raise unknown(what, key, known)
 
 
-def validated(
-    section: str, adapter: pydantic.TypeAdapter[Any], table: Any, *, by_json: bool = False
-) -> Any:
-    """The validated table or instance; raises BadInput with one line that names the key.
+def validated(section: str, cls: type, table: Any, *, by_json: bool = False) -> Any:
+    """The table or instance as a valid `cls`; raises BadInput with one line that names the key.
 
     `by_json` is for plain dataclasses, which pydantic reads strictly from JSON only; TOML's dates
     then become text.
@@ -65,6 +64,7 @@ def validated(
     for key, value in table.items() if isinstance(table, dict) else ():
         if value == "":  # as of `--set task.data=`, which as a path would be the current folder
             raise BadInput(f"{section}.{key} is empty; give it a value, or leave it out")
+    adapter = _adapter(cls)
     try:
         made = (
             adapter.validate_json(json.dumps(table, default=str), strict=True)
@@ -89,3 +89,9 @@ def validated(
         ):  # which fields of a dataclass let pass
             raise BadInput(f"{section}.{key} is {value}: a finite number was expected")
     return made
+
+
+@cache
+def _adapter(cls: type) -> pydantic.TypeAdapter[Any]:
+    """It takes as long to build as a hundred tables to check, and a sweep has a thousand."""
+    return pydantic.TypeAdapter(cls)

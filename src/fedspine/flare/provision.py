@@ -74,7 +74,7 @@ def load_project(path: Path) -> Project:
         lists = {
             key: tuple(value) if isinstance(value, list) else value for key, value in table.items()
         }
-        project = validated("project", pydantic.TypeAdapter(Project), lists)
+        project = validated("project", Project, lists)
         _check(project)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None

@@ -98,7 +98,7 @@ class RunTerms:
 
     def check(self) -> None:
         """Raise BadInput for invalid values."""
-        validated("terms", pydantic.TypeAdapter(RunTerms), self)
+        validated("terms", RunTerms, self)
         if (self.kind == "causal-lm") != (not self.label_names) or len(set(self.label_names)) < len(
             self.label_names
         ):

@@ -233,7 +233,7 @@ def _site(tables: dict[str, Any], folder: Path) -> Site:
     tables = {"models": {name: name for name in MODELS}, "data": {}} | tables
     top_level = validated(
         "site",
-        pydantic.TypeAdapter(_Top),
+        _Top,
         {key: tables[key] for key in ("name", "models") if key in tables},
     )
     check_name(top_level.name)

@@ -82,6 +82,7 @@ def broken() -> tuple[Broken, ...]:
     return _installed()[1]
 
 
+@cache
 def _import_own() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")

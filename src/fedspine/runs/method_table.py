@@ -5,8 +5,6 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-import pydantic
-
 from fedspine.core import parts, strict
 from fedspine.core.errors import BadInput
 from fedspine.core.method import missing_functions, registered
@@ -49,7 +47,7 @@ def method_of(given: Any) -> Any:
             _refuse_plain(key, table[key], choices)
             default = fields[key].default
             composed[key] = parts.part(f"method.{key}", choices, default, table.pop(key))
-    made = strict.validated("method", pydantic.TypeAdapter(cls), table, by_json=True)
+    made = strict.validated("method", cls, table, by_json=True)
     return dataclasses.replace(made, **composed)
 
 
