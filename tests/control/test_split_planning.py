@@ -386,7 +386,7 @@ def test_of_choices_alike_in_labels_it_takes_one_that_loses_little_time(seed):
     both = np.zeros((2, 80), bool)
     for row, each in zip(both, (search, weighed), strict=True):
         row[select(each, np.random.default_rng(seed))] = True
-    assert fitness(search, both).max() <= 0.05
+    assert fitness(search, both).max() <= SplitLimits().divergence
     lost = seconds_lost(weighed, both)
     assert lost[1] < lost[0]
 
@@ -495,6 +495,7 @@ def test_regulated_batches_cut_the_waiting_of_equal_ones():
     assert len(set(equal.batches.tolist())) == 1
     # costs are spread evenly from 1 to 30: the mean waits half of the slowest one's time
     assert equal.waiting > 0.4
+    # batches are whole rows: of the slowest device's few one is a tenth of its time or less
     assert regulated.waiting < 0.1
 
 

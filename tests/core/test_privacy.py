@@ -162,7 +162,9 @@ def test_the_budget_lasts_for_the_planned_answers_and_no_more():
         multiplier = kept.spend(0.1, 20)
         epsilons.append(kept.epsilon)
     assert multiplier == noise_multiplier(2.0, 1e-5, 0.1, 80)
-    assert epsilons == sorted(epsilons) and 1.9 < epsilons[-1] <= 2.0
+    assert epsilons == sorted(epsilons)
+    # multipliers are multiples of 1e-4, and epsilon changes a few times as much as they do
+    assert 2.0 * (1 - 1e-3) < epsilons[-1] <= 2.0
     before = memory["privacy"]
     with pytest.raises(BudgetExceeded, match="its privacy budget is spent"):
         guard(memory).spend(0.1, 20)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tolerances import FP32
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -115,6 +116,7 @@ def test_each_embedding_has_its_own_scale(tmp_path):
     onnx.checker.check_model(graph)
     kept = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
     assert kept["table_int8"].dtype == np.int8 and "table" not in kept
-    # half a step of each row, and the rounding of the scale
+    # half a step of each row; the scale and its product with up to 127 steps are rounded once each
     step = np.abs(table).max(1, keepdims=True) / 127
-    assert (np.abs(kept["table_int8"] * kept["table_scales"] - table) <= 0.501 * step).all()
+    off = np.abs(kept["table_int8"] * kept["table_scales"] - table)
+    assert (off <= (0.5 + 2 * 127 * FP32) * step).all()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from leakage_ground import weights_in
 from scipy import stats
+from tolerances import FP16
 from transformers import AutoConfig, AutoModelForTokenClassification
 
 from fedspine.core.draws import SeededDraws
@@ -106,7 +107,8 @@ def scores(found, server, what, attack):
 
 def test_features_that_left_before_the_first_block_are_the_texts(scene):
     found = leakage.attack_features(scene, SplitLora(cut=0, rank=4), rows=1, answers=6)
-    assert np.mean(scores(found, "curious", "tokens", "nearest embedding")) > 0.99
+    # fp16 moves an embedding by a part in 2,000, and its neighbours are as far as two random ones
+    assert np.mean(scores(found, "curious", "tokens", "nearest embedding")) == 1.0
     assert np.mean(scores(found, "curious", "members", "features")) == 1.0
     assert np.mean(scores(found, "curious", "labels", "labels are sent")) == 1.0
 
@@ -115,6 +117,8 @@ def test_an_answer_about_one_row_tells_its_label_and_whether_a_row_is_it(scene):
     found = leakage.attacked(scene, "fedlora", (1, 1), answers=6, shadows=4)
     assert np.mean(scores(found, "curious", "labels", "signs of the bias")) == 1.0
     assert np.mean(scores(found, "curious", "members", "gradient")) == 1.0
+    # without a signal the AUC of one member is anything from 0 to 1, and the mean of 6 is 0.5 with
+    # a standard deviation of 1 / sqrt(12 * 6) = 0.12
     assert np.mean(scores(found, "curious", "members", "LiRA")) > 0.8
 
 
@@ -122,9 +126,10 @@ def test_an_answer_about_one_row_tells_its_label_and_whether_a_row_is_it(scene):
 def test_an_order_written_for_it_tells_all_of_a_few_rows(scene, method):
     # 4 rows of 8 words and two marks have fewer tokens than the layer is wide
     found = leakage.attacked(scene, method, (1, 4), answers=4, shadows=0)
-    assert np.mean(scores(found, "hostile", "tokens", "span")) > 0.99
-    assert np.mean(scores(found, "hostile", "texts", "span")) > 0.9
-    assert np.mean(scores(found, "hostile", "labels", "counts from the bias")) > 0.99
+    for what in ("tokens", "texts"):
+        assert np.mean(scores(found, "hostile", what, "span")) == 1.0, what
+    counts = scores(found, "hostile", "labels", "counts from the bias")
+    assert counts == pytest.approx([1.0] * 4, abs=FP16)  # the bias travels in fp16
 
 
 def test_a_head_written_for_it_tells_the_mean_features_of_each_class(scene):

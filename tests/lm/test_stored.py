@@ -1,5 +1,6 @@
 """What blocks keep for the backward pass in a few bits: the numbers, the gradient, the bytes."""
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -65,7 +66,9 @@ def test_the_forward_pass_is_exact_and_the_gradient_is_nearly(passes):
     off = {bits: float((found[bits][1] - exact).norm() / exact.norm()) for bits in (4, 8)}
     # an error is in proportion to the step, which is 255 / 15 = 17 times as large
     assert 17 / 2 < off[4] / off[8] < 17 * 2
-    assert 0 < off[8] < 0.05
+    # a group spans about 6 standard deviations, of which 255 steps, uniformly off within one each,
+    # are 6 / 255 / sqrt(12) = 0.7 %; what two blocks of seven products store adds up to 2.5 %
+    assert 0 < off[8] < math.sqrt(14) * 6 / 255 / math.sqrt(12)
 
 
 def test_bytes_are_those_of_the_bits(passes):

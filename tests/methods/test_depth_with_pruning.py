@@ -81,6 +81,7 @@ def test_the_upper_block_trains_and_all_blocks_are_pruned(bench, deep):
     ours, theirs = ({key: sum(row[key] for row in each.rows("exchange"))
                      for key in ("flops", "bytes_up", "bytes_down")}
                     for each in (lab, whole))  # fmt: skip
+    # half of the adapter stays away; the head and the names, which remain, are less than a third
     assert ours["flops"] < theirs["flops"] and ours["bytes_up"] < 0.7 * theirs["bytes_up"]
     peak = [max(row["peak_memory_bytes"] for row in each.rows("exchange")) for each in (lab, whole)]
     assert peak[0] < peak[1]

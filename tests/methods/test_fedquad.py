@@ -12,7 +12,7 @@ from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import NoMemory
 from fedspine.execution.together import _kind
-from fedspine.lm.cost import Extent, quantising_flops
+from fedspine.lm.cost import QUANTISING, Extent, quantising_flops
 from fedspine.lm.load import load
 from fedspine.lm.request import Request
 from fedspine.lm.score import score
@@ -134,7 +134,9 @@ def test_cost_is_of_what_is_kept(deep):
     one = quantising_flops(layout, full(layout), Extent(1, 0), 2)
     tokens, rest = divmod(less.flops - plain.flops, one)
     assert tokens >= 2 * 8 and rest < less.flops  # steps times rows, of several tokens each
-    assert less.flops - plain.flops < 0.2 * plain.flops
+    # the shortest sums that make a number which is kept, those of attention, are as long as a head
+    # is wide, 8 products; training takes thrice as many operations
+    assert less.flops - plain.flops < QUANTISING / (3 * 2 * 8) * plain.flops
     results = [spent[quantised][1] for quantised in (0, 2)]
     assert results[0].adapter.keys() == results[1].adapter.keys()
     assert not all(

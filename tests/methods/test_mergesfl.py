@@ -253,7 +253,7 @@ def test_linear_rates_with_uniform_weights_go_the_same_way(lab):
             id: tensor - before[id] for id, tensor in split_model.parts(after.model)[0].items()
         }
     shorter = sum(batches) / (PLAIN.batch * len(batches))
-    assert shorter < 0.9
+    assert shorter < 0.9  # ten per cent, where 0.004 % are allowed below
     for name, step in found["a"].items():
         # rounding as in assert_same_step, in both; no weight is above 0.2
         allowed = 4e-5 * step.abs().max() + 16 * EPS * 0.2

@@ -89,7 +89,9 @@ def test_what_is_spent_is_recorded_and_within_the_budget(name, lab):
     for spent in by_device.values():
         assert len(spent) == SOME and spent == sorted(spent)
         assert 0 < spent[0] < spent[-1] <= 8.0
-        assert spent[-1] > 7.9  # the noise is no more than the budget needs
+        # the noise is no more than the budget needs: multipliers are multiples of 1e-4, and epsilon
+        # changes a few times as much as they do
+        assert spent[-1] > 8.0 * (1 - 1e-3)
 
 
 @levels

@@ -3,11 +3,12 @@ it is worth.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
-from tolerances import rounding
+from tolerances import CERTAIN, rounding
 from toy import Lab, Spy, toy_task
 from transformers import AutoModel
 
@@ -203,7 +204,9 @@ def test_class_means_are_bounded_by_the_median_norm(mean_task, lab_of) -> None:
             row["values"]["device"] for row in lab.rows("note") if "bounded" in row["values"]
         ]
         assert ("nx-02" in bounded) == (how == NormClip())
-    assert accuracy["norm_clip"] > 0.6 > 0.4 > accuracy["mean"]
+    # three classes in equal parts: guesses are right in a third, but for five standard deviations
+    guessed = 1 / 3 + CERTAIN * math.sqrt(2 / 9 / len(mean_task.test))
+    assert accuracy["norm_clip"] > guessed > accuracy["mean"]
 
 
 def test_it_begins_where_a_random_head_does_not(mean_task, lab_of) -> None:

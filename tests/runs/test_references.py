@@ -124,6 +124,7 @@ def test_texts_pairs_and_arrays_have_a_classical_model() -> None:
         ]
         return Rows(tuple(map(" ".join, firsts)), tuple(map(" ".join, seconds)), labels, {})
 
+    # without the overlap 50 of 100 are right, with a standard deviation of 5
     assert references.classical(pairs(300), pairs(100), np.arange(100)) > 0.9
     labels = np.arange(200) % 2
     x = rng.normal(size=(200, 3, 40, 40)) + labels[:, None, None, None]

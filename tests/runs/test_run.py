@@ -153,6 +153,8 @@ def test_memory_does_not_grow_with_the_number_of_devices(tiny_folder, tmp_path) 
         assert done.returncode == 0, done.stderr
         peaks[devices] = int(done.stderr.split()[-1])
         assert summary_of(tmp_path / str(devices))["devices_scored"] == 4
+    # about 600 MB of libraries and model, so 180 kB for each further device: less than an adapter,
+    # its optimiser and a batch take
     assert peaks[1000] <= 1.3 * peaks[10]
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from processes import alive, running
 
 from fedspine.execution.workers import Workshop
 from fedspine.report.page import REPORT
@@ -39,8 +40,8 @@ from fedspine.runs.config import load
 from fedspine.ui import cli
 from fedspine.ui.progress import Silent
 
-POLL_SECONDS = 0.001
 GONE_SECONDS = 5.0  # within which a killed run's workers must have ended
+POLL_SECONDS = 0.001
 BLOWS = {  # signals to a run and its group
     "KILL": lambda run: os.kill(run, signal.SIGKILL),
     "INT": lambda run: os.killpg(run, signal.SIGINT),  # as a terminal does
@@ -101,7 +102,7 @@ def carry_out(arguments, folder, attempts):
         workers = strike_from_outside(child, folder, attempt) if "seconds" in attempt else []
         _, status = os.waitpid(child, 0)
         code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - started
-        orphans += alive(workers)
+        orphans += alive(workers, GONE_SECONDS)
         ends.append(
             {
                 "code": code,
@@ -229,22 +230,6 @@ def strike_from_outside(child, folder, attempt):
     workers = process.children(recursive=True)
     BLOWS[attempt.get("signal", "KILL")](child)
     return workers
-
-
-def alive(workers):
-    deadline = time.monotonic() + GONE_SECONDS
-    while (
-        left := [worker.pid for worker in workers if running(worker)]
-    ) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
-
-
-def running(process):
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from places import ROOT
+from processes import alive
 from rich.console import Console
 from runs import (
     environment,
@@ -481,10 +482,6 @@ def wait_for(true, process, seconds=120.0):
     return bool(true())
 
 
-def left_alive(processes):
-    return psutil.wait_procs(processes, timeout=GONE_SECONDS)[1]
-
-
 def stamps(folder):
     return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
 
@@ -591,7 +588,7 @@ def test_killed_at_any_moment_it_goes_on(place, tmp_path):
         sweep.kill()
         sweep.communicate()
         kills += sweep.returncode == -signal.SIGKILL
-        assert left_alive(children) == []
+        assert alive(children, GONE_SECONDS) == []
         cell_statuses = overview_of(Path("sweep.toml"), folder).cell_statuses
         seen |= {cell_status.status for cell_status in cell_statuses}
         done = {
@@ -639,7 +636,7 @@ def test_interrupted_and_two_at_once(place, command):
     assert line == (
         "fedspine: interrupted; 0 of 4 cells done; resume with: fedspine sweep sweep.toml --jobs 2"
     )
-    assert left_alive(children) == []
+    assert alive(children, GONE_SECONDS) == []
     statuses = [
         cell_status.status for cell_status in overview_of(Path("sweep.toml"), None).cell_statuses
     ]
@@ -677,7 +674,7 @@ def test_a_sweep_that_ignores_ctrl_c_ends_on_sigterm(place):
     assert (sweep.returncode, out) == (143, "")
     *_, line = err.splitlines()
     assert line.startswith("fedspine: terminated; 0 of 4 cells done; resume with: fedspine sweep")
-    assert left_alive([cell]) == []
+    assert alive([cell], GONE_SECONDS) == []
     statuses = [
         cell_status.status for cell_status in overview_of(Path("sweep.toml"), None).cell_statuses
     ]
