@@ -367,7 +367,8 @@ def main() -> int:
             began = time.monotonic()
             within = options.default_terms
             found = attacked(scene, name, terms, answers[terms], shadows, within_terms=within)
-            table += [each.row(name, terms) for each in found]
+            # what a site refuses is no news of an order that was tried before
+            table += [each.row(name, terms) for each in found if not (within and each.refused)]
             line = "; ".join(
                 f"{e.server} {e.what} {e.attack} {e.refused or f'{np.mean(e.scores):.2f}'}"
                 for e in found
@@ -375,6 +376,7 @@ def main() -> int:
             print(f"{name}, {terms}, {time.monotonic() - began:.0f} s: {line}", flush=True)
             if options.write:
                 how = {"quick": options.quick, "data": options.data, "layers": options.layers}
+                how |= {"default_terms": True} if within else {}
                 leakage_report.write(table, how | {"seed": options.seed, **SIZES}, list(METHODS))
     return 0
 

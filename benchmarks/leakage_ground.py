@@ -26,7 +26,7 @@ from fedspine.core.tensors import single
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name
 from fedspine.lm.pooling import mean_of_tokens
-from fedspine.lm.structure import full
+from fedspine.lm.structure import cut_adapter, full
 from fedspine.methods.fedavg import AverageOrder, AverageResult
 from fedspine.methods.fedlora import LoraResult
 from fedspine.methods.linear_probe import ProbeOrder, ProbeResult
@@ -120,7 +120,13 @@ class Update:
 
     @cached_property
     def sent(self) -> Tensors:
-        return single(weights_in(self.order))
+        """What was sent, cut to what the device kept where it pruned."""
+        weights = single(weights_in(self.order))
+        kept = getattr(self.result, "structure", None)
+        if kept is None:
+            return weights
+        sites = self.base.layout.sites
+        return weights | cut_adapter(weights, sites, kept, within=self.order.structure)
 
     @cached_property
     def back(self) -> Tensors:

@@ -71,6 +71,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["# What can be read from an answer", ""]
     for how in ways.values():
         command = f"python benchmarks/leakage.py{' --quick' if how['quick'] else ''}"
+        command += " --default-terms" if how.get("default_terms") else ""
         lines += [
             f"`{command} --data {how['data']} --layers {how['layers']} --seed {how['seed']}`, "
             f"commit {how['commit']}, torch {how['torch']}: MiniLM's first {how['layers']} blocks, "
