@@ -100,7 +100,8 @@ def killed(number: int, seed: int, *, of: list[str], write: bool) -> int:
             if write:
                 kept = _kept()
                 now = vars(kills) | {"machine": fault_kills.machine()}
-                _keep(kept | {KILLS: kept.get(KILLS, {}) | {name: now}})
+                row = f"{name}, seed {seed}" if seed else name
+                _keep(kept | {KILLS: kept.get(KILLS, {}) | {row: now}})
     return int(wrong)
 
 
