@@ -2,8 +2,10 @@
 hangs or fails.
 """
 
+import errno
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -176,6 +178,27 @@ def test_a_memory_with_a_flipped_bit_is_lost_and_one_of_an_older_version_is_not(
         assert f"{path} is damaged" in capfd.readouterr().err
     path.write_bytes(whole[:-32])  # as older versions wrote it, without a digest
     assert later().result.tobytes() == expected
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_full_disk_costs_a_reply_and_nothing_else(worker, order, kit, monkeypatch, function):
+    """Also where there is no room for a line in the log."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    answer(worker, asked(order, version=5))
+    later = asked(order, memory=5, version=6, needed=(5,), seed=(0, 0, 1))
+    expected = answer(worker, later).result.tobytes()
+    kept = kit / MEMORY / RUN
+    (kept / "000000006.safetensors").unlink()
+    with monkeypatch.context() as struck:
+        struck.setattr(os, function, full)
+        struck.setattr(sys.stderr, "write", full)
+        reply = answer(worker, later)
+    assert (reply.reason, reply.detail) == ("work failed", "")
+    assert [path.name for path in kept.iterdir()] == ["000000005.safetensors"]
+    assert answer(worker, later).result.tobytes() == expected
 
 
 def test_memory_that_nobody_needs_any_more_goes(worker, order, kit):

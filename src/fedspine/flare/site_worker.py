@@ -12,6 +12,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -166,7 +167,7 @@ class SiteWorker:
             try:
                 memory = unsealed(path.read_bytes())
             except NotAMessage as error:
-                print(f"{path} is damaged: {error}", file=sys.stderr, flush=True)
+                self._log(f"{path} is damaged: {error}")
                 return NotDone(reason="memory lost")
         served = self._served(here, asked, order, memory)
         if served.declined is not None:
@@ -239,11 +240,16 @@ class SiteWorker:
         self._came.append(now)
 
     def _not_done(self, reason: Any, error: Exception, detail: str = "") -> bytes:
-        site_disk.shorten(self._folder / LOG)
-        print(f"{reason}: {str(error)[:LINE]}", file=sys.stderr, flush=True)
+        lines = f"{reason}: {str(error)[:LINE]}"
         if reason == "work failed":
-            traceback.print_exc()
+            lines += "\n" + "".join(traceback.format_exception(error)).rstrip()
+        self._log(lines)
         return pack(NotDone(reason=reason, detail=detail)).payload
+
+    def _log(self, lines: str) -> None:
+        with suppress(OSError):  # where a disk is full, so may be the log's
+            site_disk.shorten(self._folder / LOG)
+            print(lines, file=sys.stderr, flush=True)
 
     def _room(self, run: str, needed: int) -> int:
         """The free bytes of the site's quota; raises Refused if there are fewer than `needed`."""
