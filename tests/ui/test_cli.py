@@ -2,6 +2,7 @@
 left behind.
 """
 
+import errno
 import functools
 import json
 import os
@@ -322,6 +323,23 @@ def test_errors_of_a_process(place) -> None:
     (line,) = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")
     assert line.startswith("fedspine: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ((errno.ENOSPC, "No space left", "/x/y"), "/x/y: No space left; free some space"),
+        ((errno.EACCES, "Permission denied", "/x/y"), "/x/y: Permission denied; mend that"),
+        (("the tokenizer cannot be saved",), "the tokenizer cannot be saved; mend that"),
+    ],
+)
+def test_an_error_of_the_system_says_where_and_what_to_do(monkeypatch, capsys, error, said) -> None:
+    def fails(**_):
+        raise OSError(*error)
+
+    monkeypatch.setattr(cli, "app", fails)
+    code, out, lines = in_process(monkeypatch, capsys, "show", "run")
+    assert (code, out, lines) == (2, "", [f"fedspine: {said}, then give the same command again"])
 
 
 def test_summary(place) -> None:

@@ -3,6 +3,7 @@ which parse and print only. Bad input ends with one line on stderr and exit code
 """
 
 import difflib
+import errno
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -64,7 +65,10 @@ def main() -> None:
     except Stopped as stopped:
         _fail(str(stopped), stopped.exit_code)
     except OSError as error:  # such as a full disk or an unreadable folder
-        _fail(str(error))
+        place = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "mend that"
+        _fail(f"{place}{error.strerror or error}; {remedy}, then give the same command again")
 
 
 def _fail(line: str, exit_code: int = 2) -> NoReturn:
