@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import bits
+from toy import Unlucky, bits
 
 from fedspine.core.device import find_work, name_of, on_device
 from fedspine.core.errors import BadInput
@@ -275,8 +275,8 @@ def test_late_replies_are_absent_and_charged(lab):
     assert rows["nx-02"]["bytes_down"] == pack(jobs["nx-02"]).bytes
     assert rows["nx-02"]["bytes_up"] == rows["nx-03"]["bytes_up"] > 0
     assert not any(rows[reply.device]["lost"] for reply in replies)
-    # it did the work all the same
-    assert [r.value.times for r in bench.fleet.ask(do, {"nx-02": Job()})] == [2]
+    # its work has left no trace in its memory, as that of a real site
+    assert [r.value.times for r in bench.fleet.ask(do, {"nx-02": Job()})] == [1]
 
 
 def test_within_is_a_limit_and_no_delay(lab):
@@ -543,6 +543,41 @@ def test_asking_again_is_another_chance_even_if_no_time_passed(lab):
     # 200 tries at one in ten: silence for ever has probability 0.9^200 < 1e-9, unless nothing is
     # drawn anew
     assert any(fleet.ask(do, {"nx-02": Job()}) for _ in range(200))
+
+
+def fleet_ids(fleet):
+    return [profile.id for profile in fleet.devices]
+
+
+def sent_and_lost(fleet):
+    unlucky = Unlucky(fleet, fleet_ids(fleet))
+    unlucky.send(do, everyone(fleet))
+    with pytest.raises(Idle):
+        unlucky.next()
+
+
+@pytest.mark.parametrize(
+    "unanswered",
+    [
+        lambda fleet: fleet.ask(do, everyone(fleet, Job(flops=1e6 * TERA)), within=20.0),
+        lambda fleet: Unlucky(fleet, seconds=1e6).ask(do, everyone(fleet), within=20.0),
+        lambda fleet: Unlucky(fleet, fleet_ids(fleet)).ask(do, everyone(fleet)),
+        sent_and_lost,
+    ],
+    ids=["late", "delayed", "lost", "sent and lost"],
+)
+def test_a_device_whose_reply_does_not_arrive_goes_on_as_if_it_had_not_been_asked(lab, unanswered):
+    def asked(fleet):
+        return [(reply.value.times, reply.value.draw) for reply in fleet.ask(do, everyone(fleet))]
+
+    plain, bench = lab("plain"), lab("unlucky")
+    expected = [asked(plain.fleet), asked(plain.fleet)]
+    first = asked(bench.fleet)
+    assert not unanswered(bench.fleet)
+    assert [first, asked(bench.fleet)] == expected
+    rows = [row for row in bench.rows("exchange") if row["device"] == "nx-02"]
+    assert [row["lost"] for row in rows] == [False, True, False]
+    assert rows[1]["seconds"] != rows[2]["seconds"]  # each exchange draws its own time
 
 
 def test_groups_lose_independently(lab):
