@@ -4,6 +4,7 @@ workers.
 
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from toy import Unlucky, bits
 
 from fedspine.core.device import find_work, name_of, on_device
@@ -646,6 +648,34 @@ def test_a_lossy_fleet_is_a_fleet(lab):
     for settings in ({"drop": 1.5}, {"drop": -0.1}, {"delay_seconds": -1.0}):
         with pytest.raises(ValueError, match="0 <= drop <= 1"):
             lossy(bench, **settings)
+
+
+# notes
+
+
+def test_a_note_holds_numbers_as_numbers_and_refuses_what_no_record_can_state(lab):
+    bench = lab()
+    bench.fleet.note(
+        device=np.str_("nx-02"),
+        loss=torch.tensor(0.5, dtype=torch.bfloat16),
+        rank=np.int64(4),
+        share=np.float32("nan"),
+        each={"nx-02": (np.array(1), np.bool_(True), None)},
+    )
+    refused = {
+        "Tensor of shape (2,)": torch.zeros(2),
+        "ndarray of shape (1, 2)": np.zeros((1, 2)),
+        "set": {1},
+        "PosixPath": Path("x"),
+        "complex": np.complex64(1),
+        "tuple": {(1, 2): 3},
+    }
+    for what, value in refused.items():
+        with pytest.raises(BadInput, match=re.escape(f"note got each with a {what}, but numbers")):
+            bench.fleet.note(device="nx-02", each=[value])
+    assert [row["values"] for row in bench.rows("note")] == [
+        {"device": "nx-02", "loss": 0.5, "rank": 4, "share": None, "each": {"nx-02": [1, True, None]}}
+    ]
 
 
 # worker processes

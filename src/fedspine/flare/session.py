@@ -252,7 +252,7 @@ class FlareSession:
 
     def note(self, **values: Any) -> None:
         with self.lock:
-            self.records.write("note", now=self.now, values=values)
+            self.records.note(self.now, values)
 
 
 def false_count(opened: Opened) -> str | None:

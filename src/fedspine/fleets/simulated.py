@@ -163,7 +163,7 @@ class SimulatedFleet:
         self._clock.now += seconds
 
     def note(self, **values: Any) -> None:
-        self._world.records.write("note", now=self.now, values=values)
+        self._world.records.note(self.now, values)
 
     @property
     def unusable(self) -> Mapping[DeviceId, str]:

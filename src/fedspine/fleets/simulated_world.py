@@ -194,8 +194,7 @@ class World:
         private |= {} if served.noise is None else {"noise": served.noise}
         self._write(work.__name__, device, started, cost, served.samples, lost=lost, **private)
         if left_out is not None:
-            values = {"device": device, "left_out": left_out}
-            self.records.write("note", now=started, values=values)
+            self.records.note(started, {"device": device, "left_out": left_out})
 
     def charge(self, early: EarlyExchange, started: float) -> float:
         """Charge a device for an exchange before the first round; returns its seconds."""
