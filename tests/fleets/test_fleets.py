@@ -673,9 +673,9 @@ def test_a_note_holds_numbers_as_numbers_and_refuses_what_no_record_can_state(la
     for what, value in refused.items():
         with pytest.raises(BadInput, match=re.escape(f"note got each with a {what}, but numbers")):
             bench.fleet.note(device="nx-02", each=[value])
-    assert [row["values"] for row in bench.rows("note")] == [
-        {"device": "nx-02", "loss": 0.5, "rank": 4, "share": None, "each": {"nx-02": [1, True, None]}}
-    ]
+    each = {"nx-02": [1, True, None]}
+    said = {"device": "nx-02", "loss": 0.5, "rank": 4, "share": None, "each": each}
+    assert [row["values"] for row in bench.rows("note")] == [said]
 
 
 # worker processes

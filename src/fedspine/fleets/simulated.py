@@ -261,8 +261,8 @@ class SimulatedFleet:
         cost: Cost,
         within: float = inf,
     ) -> bool:
-        """Write an exchange down, and keep the device's memory if its reply arrives in time; returns
-        whether it does.
+        """Write an exchange down, and keep the device's memory if its reply arrives in time.
+        Returns whether it does.
         """
         lost = LOST if device in self._losses.replies else None
         late = cost.seconds > self._losses.limit(device, within)

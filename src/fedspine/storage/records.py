@@ -104,8 +104,8 @@ def _digest(path: Path, position: int) -> Any:
 
 
 def check_note(values: Mapping[str, Any]) -> None:
-    """Raise BadInput for a value of a remark that a record cannot state, such as a tensor of several
-    entries.
+    """Raise BadInput for a value of a remark that a record cannot state, such as a tensor of
+    several entries.
     """
     for name, value in values.items():
         for part in _parts(plain(value)):
