@@ -20,7 +20,7 @@ class Lossy(FleetWrapper):
     arrives, half after the work is done; then the device goes on as if it had not been asked.
 
     `delay_seconds` is the mean of an exponential delay that is added to every reply to `ask`;
-    replies to `send` are not delayed. MessageLosses depend on `seed`, the fleet's clock and this wrapper's
+    replies to `send` are not delayed. Losses depend on `seed`, the fleet's clock and this wrapper's
     earlier asks, so a new wrapper for a round loses the same replies after a resume.
     """
 
