@@ -151,7 +151,10 @@ def test_the_gradient_itself_does_not_leave(hostile):
     [
         ({"steps": 5}, "expected at least 8 steps behind an answer, got 5"),
         ({"rank": 64}, "expected at most 32 for a rank, got 64 (allow.largest_rank"),
-        ({"merged": 384}, "at most 0 for the rank that is merged into the base, got 384 (allow.larg"),
+        (
+            {"merged": 384},
+            "at most 0 for the rank that is merged into the base, got 384 (allow.larg",
+        ),
         ({"scale": 32.0}, "expected at most 16 for the adapter's scale, got 32"),
     ],
 )
