@@ -196,7 +196,9 @@ def test_loses_devices_and_goes_on(name, lab, task, recorded):
     # of a device in a round, of which 30 % shall be lost
     exchanges = len(recorded.spies[0].results) // len(bench.ids)
     drop = 1 - (1 - 0.3) ** (1 / exchanges)
-    state = bench.run(method, around=lambda fleet: Lossy(fleet, drop=drop, delay_seconds=0.1))
+    state = bench.run(
+        method, around=lambda fleet: Lossy(fleet, drop=drop, delay_seconds=0.1, seed=2)
+    )
     lost = [row for row in bench.rows("note") if row["values"].get("left_out") == "lost"]
     asked = task.rounds * len(bench.ids)
     # 30 % of 25 turns, give or take three standard errors of sqrt(0.3 * 0.7 / 25) = 0.092

@@ -9,6 +9,7 @@ from runs import in_process
 
 from fedspine.core.errors import BadInput
 from fedspine.exports import hub
+from fedspine.lm.load import MINILM_HUB
 from fedspine.ui import python
 
 
@@ -35,7 +36,7 @@ class Hub:
 
     def upload_folder(self, *, repo_id, folder_path, commit_message):
         self._answer("upload_folder")
-        files = {file.name: file.read_bytes() for file in folder_path.iterdir()}
+        files = {file.name: file.read_bytes() for file in folder_path.iterdir() if file.is_file()}
         self.repos[repo_id] |= {"files": files, "message": commit_message}
 
 
@@ -90,17 +91,17 @@ def test_where_the_hub_refuses_the_folder_stays(folder, refuses):
 
 
 def test_a_path_of_this_machine_is_not_pushed(folder):
-    client = Hub()
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": str(folder)})
-    )
-    with pytest.raises(BadInput, match="a path on this machine"):
-        hub.push(folder, "ann/x", client)
+    client, settings = Hub(), folder / "adapter_config.json"
+    for base in (str(folder), "./bert"):
+        settings.write_text(json.dumps({"base_model_name_or_path": base}))
+        with pytest.raises(BadInput, match="a path on this machine; push it --with-base"):
+            hub.push(folder, "ann/x", client)
     assert not client.repos
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2"})
-    )
+    settings.write_text(json.dumps({"base_model_name_or_path": MINILM_HUB}))
     assert hub.push(folder, "ann/x", client) == "ann/x"
+    settings.write_text(json.dumps({"base_model_name_or_path": "./base"}))
+    (folder / "base").mkdir()
+    assert hub.push(folder, "ann/y", client) == "ann/y"
 
 
 def test_export_pushes_what_it_wrote(tmp_path, monkeypatch):

@@ -134,6 +134,21 @@ def test_predictions_are_those_of_the_net(exported):
         predict(net, rows.x.astype(np.float32))
 
 
+def test_a_report_says_what_the_graph_takes_in_fp32(exported):
+    """Dynamic int8 computes scales in each call, which costs nets more than it saves."""
+    parity = exported("pictures")[2]
+    assert parity.latency_seconds_fp32 == {} and "in fp32" not in parity.line
+    took = {"latency_seconds": {1: 2e-4, 32: 9e-3}, "latency_seconds_fp32": {1: 3e-4, 32: 4e-3}}
+    slow = dataclasses.replace(parity, quantize="int8", **took)
+    assert slow.line.endswith(
+        "; in fp32 0.3 ms and 4.0 ms, so it is slower here: take int8-static, "
+        "which scales nothing in a call, or none"
+    )
+    assert dataclasses.replace(slow, quantize="int8-static").line.endswith(
+        "; in fp32 0.3 ms and 4.0 ms"
+    )
+
+
 # --- from a run ---
 
 
@@ -166,6 +181,7 @@ def test_export_of_a_run(run, tmp_path, monkeypatch, capsys):
     parity = json.loads(out)["parity"]
     assert (parity["rows_from"], parity["quantize"]) == ("test rows of the run", "int8-static")
     assert parity["peak_memory_bytes"] > 10_000_000
+    assert set(parity["latency_seconds_fp32"]) == {"1", "32"} and "; in fp32 " in parity["line"]
     assert {file.name for file in (tmp_path / "x").iterdir()} == {
         *("README.md", "model.onnx", "parity.json")
     }

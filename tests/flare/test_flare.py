@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from flare_federation import MAX_TOKENS, NAMES, SITES, make_place, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import in_process
-from toy import Lab, bits, toy_task
+from toy import Lab, Unlucky, bits, toy_task
 
 from fedspine.control.controllers import Fixed
 from fedspine.control.split_parts import LeastWaiting
@@ -209,7 +210,7 @@ def sites(ground, model, tmp_path):
         each.close()
 
 
-def simulated(ground, model, folder, method, rounds, **settings):
+def simulated(ground, model, folder, method, rounds, around=lambda fleet: fleet, **settings):
     """The state of the same run on simulated devices with the same rows and names."""
     lab = Lab(toy_task(*model, rounds=4), folder / "simulated", kinds=("nx",) * 3, **settings)
     lab.shares = tuple(ground.shares[site] for site in SITES)
@@ -221,7 +222,7 @@ def simulated(ground, model, folder, method, rounds, **settings):
     world.__post_init__()
     lab.fleet = type(lab.fleet)(world)
     try:
-        return lab.run(method, rounds=rounds)
+        return lab.run(method, rounds=rounds, around=around)
     finally:
         lab.close()
 
@@ -244,6 +245,20 @@ def test_it_gives_the_bits_of_the_simulated_fleet(ground, model, sites, tmp_path
 
 
 # --- what is lost ---
+
+
+@pytest.mark.parametrize("fault", ["died", lambda reply: b""], ids=["before the work", "after it"])
+def test_without_the_same_reply_it_ends_in_the_state_of_the_simulation(
+    ground, model, sites, tmp_path, fault
+):
+    here, method, rounds = sites(method="fedspine"), fixed_rank("fedspine"), count()
+    here.link.faults["north"] = [lambda reply: reply, fault]
+    found = here.run(method, 3)
+
+    def around(fleet):
+        return Unlucky(fleet, ["north"] if next(rounds) == 1 else [])
+
+    assert bits(found) == bits(simulated(ground, model, tmp_path, method, 3, around=around))
 
 
 @pytest.mark.parametrize("outcome", ["died", "late", "unreachable", "refused", "nonsense"])

@@ -151,6 +151,10 @@ def test_the_gradient_itself_does_not_leave(hostile):
     [
         ({"steps": 5}, "expected at least 8 steps behind an answer, got 5"),
         ({"rank": 64}, "expected at most 32 for a rank, got 64 (allow.largest_rank"),
+        (
+            {"merged": 384},
+            "at most 0 for the rank that is merged into the base, got 384 (allow.larg",
+        ),
         ({"scale": 32.0}, "expected at most 16 for the adapter's scale, got 32"),
     ],
 )
@@ -168,6 +172,10 @@ def test_a_run_beyond_a_term_is_refused_before_a_row_is_read(hostile, predicted,
 def test_no_order_of_a_method_with_its_defaults_is_refused(name, lab, task):
     method = all_methods()[name]()
     terms, allow = terms_of(name, method, task), AllowSection()
+    if name == "flora":  # whose merged rank a site has to allow, apart from the rank that it trains
+        with pytest.raises(Refused, match="allow.largest_merged_rank"):
+            check_run("east", allow, ("tiny",), terms)
+        allow = AllowSection(largest_merged_rank=32, largest_rank=max(method.ranks))
     check_run("east", allow, ("tiny",), terms)
     sent = []
 

@@ -4,6 +4,7 @@ workers.
 
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import bits
+import torch
+from toy import Unlucky, bits
 
 from fedspine.core.device import find_work, name_of, on_device
 from fedspine.core.errors import BadInput
@@ -275,8 +277,8 @@ def test_late_replies_are_absent_and_charged(lab):
     assert rows["nx-02"]["bytes_down"] == pack(jobs["nx-02"]).bytes
     assert rows["nx-02"]["bytes_up"] == rows["nx-03"]["bytes_up"] > 0
     assert not any(rows[reply.device]["lost"] for reply in replies)
-    # it did the work all the same
-    assert [r.value.times for r in bench.fleet.ask(do, {"nx-02": Job()})] == [2]
+    # its work has left no trace in its memory, as that of a real site
+    assert [r.value.times for r in bench.fleet.ask(do, {"nx-02": Job()})] == [1]
 
 
 def test_within_is_a_limit_and_no_delay(lab):
@@ -545,6 +547,41 @@ def test_asking_again_is_another_chance_even_if_no_time_passed(lab):
     assert any(fleet.ask(do, {"nx-02": Job()}) for _ in range(200))
 
 
+def fleet_ids(fleet):
+    return [profile.id for profile in fleet.devices]
+
+
+def sent_and_lost(fleet):
+    unlucky = Unlucky(fleet, fleet_ids(fleet))
+    unlucky.send(do, everyone(fleet))
+    with pytest.raises(Idle):
+        unlucky.next()
+
+
+@pytest.mark.parametrize(
+    "unanswered",
+    [
+        lambda fleet: fleet.ask(do, everyone(fleet, Job(flops=1e6 * TERA)), within=20.0),
+        lambda fleet: Unlucky(fleet, seconds=1e6).ask(do, everyone(fleet), within=20.0),
+        lambda fleet: Unlucky(fleet, fleet_ids(fleet)).ask(do, everyone(fleet)),
+        sent_and_lost,
+    ],
+    ids=["late", "delayed", "lost", "sent and lost"],
+)
+def test_a_device_whose_reply_does_not_arrive_goes_on_as_if_it_had_not_been_asked(lab, unanswered):
+    def asked(fleet):
+        return [(reply.value.times, reply.value.draw) for reply in fleet.ask(do, everyone(fleet))]
+
+    plain, bench = lab("plain"), lab("unlucky")
+    expected = [asked(plain.fleet), asked(plain.fleet)]
+    first = asked(bench.fleet)
+    assert not unanswered(bench.fleet)
+    assert [first, asked(bench.fleet)] == expected
+    rows = [row for row in bench.rows("exchange") if row["device"] == "nx-02"]
+    assert [row["lost"] for row in rows] == [False, True, False]
+    assert rows[1]["seconds"] != rows[2]["seconds"]  # each exchange draws its own time
+
+
 def test_groups_lose_independently(lab):
     fleet, lost = lossy(lab(), drop=0.5), []
     for _ in range(8):
@@ -611,6 +648,34 @@ def test_a_lossy_fleet_is_a_fleet(lab):
     for settings in ({"drop": 1.5}, {"drop": -0.1}, {"delay_seconds": -1.0}):
         with pytest.raises(ValueError, match="0 <= drop <= 1"):
             lossy(bench, **settings)
+
+
+# notes
+
+
+def test_a_note_holds_numbers_as_numbers_and_refuses_what_no_record_can_state(lab):
+    bench = lab()
+    bench.fleet.note(
+        device=np.str_("nx-02"),
+        loss=torch.tensor(0.5, dtype=torch.bfloat16),
+        rank=np.int64(4),
+        share=np.float32("nan"),
+        each={"nx-02": (np.array(1), np.bool_(True), None)},
+    )
+    refused = {
+        "Tensor of shape (2,)": torch.zeros(2),
+        "ndarray of shape (1, 2)": np.zeros((1, 2)),
+        "set": {1},
+        "PosixPath": Path("x"),
+        "complex": np.complex64(1),
+        "tuple": {(1, 2): 3},
+    }
+    for what, value in refused.items():
+        with pytest.raises(BadInput, match=re.escape(f"note got each with a {what}, but numbers")):
+            bench.fleet.note(device="nx-02", each=[value])
+    each = {"nx-02": [1, True, None]}
+    said = {"device": "nx-02", "loss": 0.5, "rank": 4, "share": None, "each": each}
+    assert [row["values"] for row in bench.rows("note")] == [said]
 
 
 # worker processes

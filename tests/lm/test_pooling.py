@@ -205,7 +205,7 @@ def test_a_stock_token_classifier_loads_an_export(tiny_folder, tmp_path, model_t
 # PEFT asks transformers for something by its old name
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("with_base", [False, True])
-def test_stock_peft_loads_an_adapter(tiny_folder, tmp_path, with_base) -> None:
+def test_stock_peft_loads_an_adapter(tiny_folder, tmp_path, monkeypatch, with_base) -> None:
     pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
     place = str(tiny_folder("bert"))
     base, tokenizer = load(place, kind="classification", classes=CLASSES, pooling="mean")
@@ -220,6 +220,7 @@ def test_stock_peft_loads_an_adapter(tiny_folder, tmp_path, with_base) -> None:
         **ABOUT,
     )
     expected = logits(base.fit(model), tokenizer).clone()
+    monkeypatch.chdir(tiny_folder("bert").parent)
     module, tokenizer = as_its_readme_says(made)
     assert type(module).__name__ == "PeftModelForTokenClassification"
     found = mean_logits(module, tokenizer)

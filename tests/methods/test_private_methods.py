@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toy import Spy, bits
+from toy import Spy, Unlucky, bits
 
 from fedspine.core.device import Call, keeps, name_of, serve
 from fedspine.core.fleet import AllLost
@@ -109,6 +109,18 @@ def test_a_device_whose_budget_is_spent_is_left_out(level, lab):
     assert after.round == 2 and bench.fleet.now > before
     lost = [row["device"] for row in bench.rows("exchange") if row["lost"]]
     assert lost == ["nx-02"]
+
+
+def test_a_lost_reply_counts_as_spent_and_the_state_before_stays_whole(lab):
+    method, bench = METHODS["fedlora"].toy(), lab(privacy=ROWS)
+    state = bench.run(method, rounds=1)
+    bench.save(state)
+    state = bench.run(method, rounds=2, state=state, around=lambda fleet: Unlucky(fleet, ["nx-02"]))
+    bench.save(state)
+    bench.run(method, rounds=3, state=state)
+    spent = [row["epsilon"] for row in bench.rows("exchange") if row["device"] == "nx-02"]
+    assert len(spent) == 3 and spent[0] < spent[1] < spent[2]
+    bench.store.go_back(1)  # which checks the digests of its files
 
 
 def test_a_run_ends_where_all_budgets_are_spent(lab):

@@ -452,6 +452,14 @@ def test_show_and_report_say_who_spent_what_and_who_was_bounded(tmp_path: Path) 
     assert all(html.escape(line) in page for line in lines)
 
 
+def test_the_page_shows_no_folder_of_this_machine(run: Path) -> None:
+    recipe = run / "recipe.toml"
+    recipe.write_text(f'[task]\nmodel = "{run}/bert"\ndata = "{run}/rows.csv"\n')
+    page = html.unescape(write_page(run).read_text())
+    assert str(run) not in page
+    assert 'model = "bert"\ndata = "rows.csv"' in page
+
+
 def test_of_many_devices_a_line_names_the_first(tmp_path: Path) -> None:
     many = {f"d{n:02d}": {"rounds": 1, "smallest_share": 0.5} for n in range(80)}
     (line,) = trust_lines({"bounded": many})

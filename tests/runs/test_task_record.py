@@ -215,7 +215,7 @@ def test_an_export_of_an_older_run_is_refused(place, command) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of PEFT's
-def test_adapters_of_a_pruned_run(place, command) -> None:
+def test_adapters_of_a_pruned_run(place, command, monkeypatch) -> None:
     """What fits no stock base is refused with all choices; the dense adapter loads with stock
     tools.
     """
@@ -235,6 +235,7 @@ def test_adapters_of_a_pruned_run(place, command) -> None:
     assert not (place / "x").exists()
 
     (place / "rows.csv").unlink()
+    monkeypatch.chdir(place)
     for more in ((), ("--with-base",)):
         folder = exported(command, place, "--format", "peft", "--device", "dense", *more)
         module, tokenizer = as_its_readme_says(folder)

@@ -29,6 +29,7 @@ ALLOW = {
     "fewest_steps": 1,
     "noise": 0.0,
     "largest_rank": 64,
+    "largest_merged_rank": 64,
     "optimisers": ["adamw", "sgd"],
 }
 

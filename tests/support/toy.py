@@ -14,6 +14,7 @@ from fedspine.data.dataset import Rows
 from fedspine.execution.workers import Workers, Workshop
 from fedspine.fleets.checked import Checked, Exchanges
 from fedspine.fleets.hardware import Hardware
+from fedspine.fleets.lossy import Lossy
 from fedspine.fleets.simulated import SimulatedFleet, profiles
 from fedspine.fleets.simulated_world import World
 from fedspine.lm.encode import encode
@@ -224,6 +225,17 @@ class Spy:
 
     def __getattr__(self, name):
         raise NotImplementedError(f"no method needs {name} yet; let the spy record it")
+
+
+class Unlucky(Lossy):
+    """A fleet that loses the replies of `lost` after the work, and delays all by `seconds`."""
+
+    def __init__(self, fleet, lost=(), seconds=0.0):
+        super().__init__(fleet, drop=1.0, delay_seconds=seconds)
+        self.lost = lost
+
+    def _luck(self, device):
+        return (0.75 if device in self.lost else 1.0), 1.0
 
 
 def bits(value):

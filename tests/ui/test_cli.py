@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import typer
+from made_runs import made_run
 from runs import (
     carried_out,
     fedspine,
@@ -507,12 +508,25 @@ def test_help_knows_all_commands() -> None:
     assert "[task], [fleet], [method] and [run]" in COMMANDS[("run",)].help  # what markup would eat
 
 
-def test_help_does_not_wait_for_torch() -> None:
+def test_what_shows_records_does_not_wait_for_torch_and_no_list_for_transformers(tmp_path) -> None:
+    """One process after another: what one command imports, the next ones have, too."""
+    run = made_run(tmp_path / "run", sparsity=0.5)
+    heavy = ["transformers", "torch", "matplotlib", "numpy"]
+    allowed = [
+        (["--help"], 0),
+        (["devices"], 1),
+        (["show", str(run), "--json"], 1),
+        (["report", str(run)], 2),
+        (["methods", "fedlora"], 3),
+    ]
     code = (
-        "import sys, fedspine.ui.cli as cli\nsys.argv = ['fedspine', '--help']\n"
-        "try:\n    cli.main()\nfinally:\n"
-        "    print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+        "import sys, fedspine.ui.cli as cli\n"
+        f"for words, count in {allowed!r}:\n"
+        "    sys.argv = ['fedspine', *words]\n"
+        "    try:\n        cli.main()\n"
+        "    except SystemExit as ended:\n        assert not ended.code, words\n"
+        f"    found = [name for name in {heavy!r} if name in sys.modules]\n"
+        f"    assert set(found) <= set({heavy!r}[len({heavy!r}) - count:]), (words, found)"
     )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"

@@ -41,6 +41,7 @@ class Reads:
     descent: Descent | None = None  # of training of which weights leave, not features
     scale: float | None = None  # of the adapter's product
     rank: int | None = None  # the adapter's largest, where the order itself does not bring one
+    merged: int | None = None  # the rank of a change of the frozen weights that the order brings
 
 
 @runtime_checkable

@@ -20,19 +20,19 @@ from fedspine.exports import hf
 from fedspine.exports.card import BASE, read_card
 from fedspine.exports.parity import ParityCheck, write_parity
 from fedspine.exports.peft import check_readout, write_adapter
-from fedspine.exports.provenance import Provenance, rows_of
+from fedspine.exports.provenance import HUB, Provenance, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.gguf_files import is_gguf
-from fedspine.lm.load import MINILM_HUB
 from fedspine.lm.pooling import HOW
 from fedspine.lm.structure import is_full, sparsity
 from fedspine.lm.vocabulary import VocabularyCut
 
-AUTO: dict[Pooling | None, str] = {  # PEFT's class for each readout
-    "mean": "AutoPeftModelForTokenClassification",
-    "cls": "AutoPeftModelForSequenceClassification",
-    None: "AutoPeftModelForCausalLM",
+# how the classes of transformers and PEFT for each readout end
+AUTO: dict[Pooling | None, str] = {
+    "mean": "ForTokenClassification",
+    "cls": "ForSequenceClassification",
+    None: "ForCausalLM",
 }
 
 
@@ -53,9 +53,18 @@ class Origin:
         return self.name == "smollm2" or is_gguf(self.name)
 
     @property
+    def on_hub(self) -> bool:
+        """Whether stock tools find it by its name on every machine."""
+        path = Path(self.name).expanduser()
+        local = is_gguf(self.name) or path.is_absolute() or path.exists()
+        return self.name in HUB or not local
+
+    @property
     def stock_name(self) -> str:
-        """The name under which stock tools know it."""
-        return MINILM_HUB if self.name == "minilm" else self.name
+        """The name under which stock tools know it; of a folder its last part, as a path that is no
+        Hub id and reveals nothing about the machine.
+        """
+        return HUB.get(self.name, self.name) if self.on_hub else f"./{Path(self.name).name}"
 
 
 def export_adapter(
@@ -87,20 +96,20 @@ def export_adapter(
     card_facts: dict[str, Any] = {"labels": labels, "kind": kind, "max_tokens": max_tokens}
     card_facts |= {"name": name, "vocabulary": vocabulary}
     with whole_folder(folder) as partial:
-        fits = origin.stock_name
         if with_base:
             _write_base(base, model, tokenizer, partial / BASE, **card_facts)
-            fits = str(folder.absolute() / BASE)
-        write_adapter(partial, model, base, fits)
+        # PEFT reads a path from the current folder, wherever the adapter is
+        write_adapter(partial, model, base, f"./{BASE}" if with_base else origin.stock_name)
         tokenizer.save_pretrained(partial)
-        needed = {} if with_base else _needed(base, labels)
+        code = _code(base, origin, labels, with_base=with_base)
         pruned = sparsity(base.layout, model.structure)
         measured = ""
         if parity_check is not None:
             with _with_base_beside(partial, base, model, tokenizer, **card_facts) as whole:
                 measured = write_parity(parity_check(whole), partial)
         came = rows_of(provenance), measured
-        card = _readme(origin, fits, needed, pruned, base.pooling, *came, **card_facts)
+        fits = f"the base in `{BASE}/`" if with_base else f"`{origin.stock_name}`"
+        card = _readme(origin, fits, code, pruned, *came, **card_facts)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -181,12 +190,51 @@ def _needed(base: Base, labels: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
+def _code(base: Base, origin: Origin, labels: tuple[str, ...], *, with_base: bool) -> str:
+    """The part of the README that loads the adapter onto its base."""
+    ends = AUTO[base.pooling]
+    needed = {} if with_base else _needed(base, labels)
+    options = "".join(f",\n    {key}={value!r}" for key, value in needed.items())
+    how = f"\n{HOW}\n" if base.pooling == "mean" else ""
+    if origin.on_hub and not with_base:
+        return f"""```python
+from peft import AutoPeftModel{ends}
+from transformers import AutoTokenizer
+
+folder = "."  # this one
+model = AutoPeftModel{ends}.from_pretrained(
+    folder,
+    dtype="float32"{options},
+).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+{how}"""
+    place = f"./{BASE}" if with_base else origin.stock_name
+    named = f'folder + "/{BASE}"' if with_base else f"{json.dumps(place)}  # wherever it is here"
+    return f"""```python
+from peft import PeftModel
+from transformers import AutoModel{ends}, AutoTokenizer
+
+folder = "."  # this one
+base = {named}
+model = AutoModel{ends}.from_pretrained(
+    base,
+    dtype="float32"{options},
+)
+model = PeftModel.from_pretrained(model, folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+{how}
+`adapter_config.json` names the base as `{place}`, which PEFT's own `AutoPeftModel{ends}` looks for
+in the current folder.
+"""
+
+
 def _readme(
     origin: Origin,
     fits: str,
-    needed: dict[str, Any],
+    code: str,
     pruned: float,
-    pooling: Pooling | None,
     came: str,
     measured: str,
     *,
@@ -196,26 +244,15 @@ def _readme(
     name: str,
     vocabulary: VocabularyCut | None,
 ) -> str:
-    auto = AUTO[pooling]
-    how = f"\n{HOW}\n" if pooling == "mean" else ""
-    options = "".join(f",\n    {key}={value!r}" for key, value in needed.items())
-    moved = (
-        f"""
-The base is in `{BASE}/`. `adapter_config.json` names it by its absolute path; if the folder was
-moved, set `base_model_name_or_path` there to the new path.
-"""
-        if fits != origin.stock_name
-        else ""
-    )
+    known = f"\nbase_model: {json.dumps(origin.stock_name)}" if origin.on_hub else ""
     return f"""---
-library_name: peft
-base_model: {json.dumps(origin.stock_name)}
+library_name: peft{known}
 tags: [fedspine, federated-learning, lora]
 ---
 # {name}
 
 A LoRA adapter{" with its task head" if labels else ""}, fine-tuned over many devices by fedspine.
-It fits `{fits}`.
+It fits {fits}.
 
 | | |
 |---|---|
@@ -224,15 +261,4 @@ It fits `{fits}`.
 | vocabulary | {"all tokens" if vocabulary is None else vocabulary.line} |
 | longest input, in tokens | {max_tokens} |
 
-{measured}```python
-from peft import {auto}
-from transformers import AutoTokenizer
-
-folder = "."  # this one
-model = {auto}.from_pretrained(
-    folder,
-    dtype="float32"{options},
-).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```
-{how}{moved}"""
+{measured}{code}"""

@@ -21,7 +21,7 @@ from fedspine.exports import gguf_file, llama_cpp
 from fedspine.exports.card import CONFIG, TOKENIZER, Card, read_card
 from fedspine.exports.gguf_file import GgufHeader
 from fedspine.exports.loaded import READ_BACK, Loaded
-from fedspine.lm.pooling import CLASSES
+from fedspine.lm.pooling import stock_class
 from fedspine.lm.prunable_layout import layout_of
 
 CONFIGS = {"llama": LlamaConfig, "deci": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -92,7 +92,7 @@ def _in_torch(header: GgufHeader, config: Any) -> nn.Module:
     """The stock class with linear layers of the file's sizes and the file's weights in fp32."""
     widths = header.widths
     with no_init_weights():
-        module = CLASSES[None].from_config(config, dtype=torch.float32)
+        module = stock_class(None).from_config(config, dtype=torch.float32)
         for site in layout_of(config, module.base_model_prefix).sites:
             kept = widths.channels if "channels" in (site.row_units, site.column_units) else None
             units = widths.key_heads[site.layer] if kept is None else kept[site.layer]

@@ -29,7 +29,7 @@ from fedspine.exports.provenance import Provenance, front_matter, rows_of
 from fedspine.exports.whole_folder import check_new, whole_folder
 from fedspine.lm.base import Base, Model
 from fedspine.lm.lora import a_name, b_name
-from fedspine.lm.pooling import CLASSES, HOW, built
+from fedspine.lm.pooling import CLASSES, HOW, built, stock_class
 from fedspine.lm.structure import Structure, StructureKind, is_even, sparsity
 from fedspine.lm.vocabulary import VocabularyCut
 
@@ -210,7 +210,7 @@ def _fits(config: PreTrainedConfig, tensors: Tensors, pooling: Pooling | None) -
     # `head_dim`
     try:
         with torch.device("meta"), no_init_weights():
-            module = built(CLASSES[pooling].from_config(config), pooling)
+            module = built(stock_class(pooling).from_config(config), pooling)
             module.tie_weights()  # part of the initialisation that is skipped here
     except Exception:  # if the class cannot be built, this is not a stock model
         return False
@@ -241,7 +241,7 @@ def _write(
 
 def _readme(card: Card, tensors: Tensors, measured: str) -> str:
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    auto = CLASSES[card.pooling].__name__
+    auto = CLASSES[card.pooling]
     how = f" {HOW}" if card.pooling == "mean" else ""
     stock = f"Stock transformers loads it: `{auto}.from_pretrained(folder)`.{how}"
     if card.pooling == "bi-encoder":

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from fedspine.core.errors import BadInput, reason_of
-from fedspine.exports.card import ADAPTER
+from fedspine.exports.card import ADAPTER, BASE
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -70,12 +70,13 @@ def push(folder: Path, repo: str, client: Client, *, private: bool = False) -> s
 
 
 def _check_adapter(folder: Path) -> None:
-    """An adapter whose base is a local path is useless elsewhere, and discloses the path."""
+    """An adapter whose base is on this machine alone is useless elsewhere."""
     if not (folder / ADAPTER).is_file():
         return
     base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if Path(base).is_absolute() or Path(base).exists():
+    here = base.startswith(".") or Path(base).is_absolute() or Path(base).exists()
+    if here and not (folder / BASE).is_dir():
         raise BadInput(
             f"{folder} is written but not pushed: its adapter fits {base}, a path on this machine; "
-            "push --format hf, or an adapter for a base on the Hub"
+            "push it --with-base, or --format hf, or an adapter for a base on the Hub"
         )

@@ -31,7 +31,7 @@ from fedspine.exports.card import (
 from fedspine.exports.graph_module import GraphModule
 from fedspine.exports.loaded import Loaded, LoadedNet
 from fedspine.lm.gguf_files import EXTRA
-from fedspine.lm.pooling import CLASSES, built, reading
+from fedspine.lm.pooling import built, reading, stock_class
 from fedspine.lm.prunable_layout import PrunableSite, layout_of
 
 __all__ = ["Loaded", "LoadedNet", "load_model"]
@@ -147,7 +147,7 @@ def _module(folder: Path, card: Card, config: PreTrainedConfig) -> nn.Module:
     """The stock class with empty parameters of the exported sizes."""
     # without initialisation, loading touches only the memory of the weights that are kept
     with no_init_weights():
-        module = CLASSES[card.pooling].from_config(
+        module = stock_class(card.pooling).from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
         module = built(module, card.pooling)

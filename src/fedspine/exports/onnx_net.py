@@ -26,7 +26,7 @@ from fedspine.exports.card import ONNX
 from fedspine.exports.classifier_parity import ClassifierParity, agreement
 from fedspine.exports.given_rows import array_rows, spread
 from fedspine.exports.onnx_graph import ROWS_IN, Graph
-from fedspine.exports.onnx_numbers import CALIBRATION_ROWS, quantise
+from fedspine.exports.onnx_numbers import CALIBRATION_ROWS, DYNAMIC, STATIC, quantise
 from fedspine.exports.parity import write_parity
 from fedspine.exports.signature import LOGITS, Signature
 from fedspine.exports.whole_folder import check_new, whole_folder
@@ -68,6 +68,29 @@ class NetData:
     scale: tuple[np.ndarray, np.ndarray] | None  # see `fedspine.nets.load.scale_of`
 
 
+@dataclass(frozen=True)
+class NetParity(ClassifierParity):
+    """The parity report of a net, beside the time that the same graph takes in fp32."""
+
+    latency_seconds_fp32: dict[int, float]  # empty if this is in fp32
+
+    @property
+    def line(self) -> str:
+        if self.quantize == "none":
+            return super().line
+        small, large = (1e3 * seconds for _, seconds in sorted(self.latency_seconds_fp32.items()))
+        said = f"{super().line}; in fp32 {small:.1f} ms and {large:.1f} ms"
+        slower = any(
+            seconds > self.latency_seconds_fp32[rows]
+            for rows, seconds in self.latency_seconds.items()
+        )
+        if slower and self.quantize == DYNAMIC:
+            said += (
+                f", so it is slower here: take {STATIC}, which scales nothing in a call, or none"
+            )
+        return said
+
+
 class _OfRows(nn.Module):
     """The module that is traced: from raw rows of the data to logits."""
 
@@ -105,9 +128,10 @@ def export(
     with whole_folder(folder) as partial:
         traced = _OfRows(net, channels_at(model.net, shape), data.scale)
         onnx_graph.write(traced, partial / ONNX, _signature(data.raw.x), facts)
+        single = {} if quantize == "none" else _latency(partial / ONNX)
         feeds = [{ROWS_IN: data.calibration[i : i + BATCH]} for i in _starts(data.calibration)]
         quantise(partial / ONNX, quantize, feeds)
-        parity = _parity(net, partial, data, quantize)
+        parity = _parity(net, partial, data, quantize, single)
         card_text = _readme(facts, quantize, write_parity(parity, partial))
         (partial / "README.md").write_text(card_text, encoding="utf-8")
     return parity
@@ -173,23 +197,32 @@ def _stated(place: str, like: ArrayRows, record: TaskRecord) -> ArrayRows:
 # --- parity ---
 
 
-def _parity(net: nn.Module, folder: Path, data: NetData, quantize: str) -> ClassifierParity:
+def _parity(
+    net: nn.Module, folder: Path, data: NetData, quantize: str, single: dict[int, float]
+) -> NetParity:
     graph = Graph(folder / ONNX, threads=1)
     with torch.inference_mode():
         batches = data.read.batches_by_length(BATCH)
         ours = np.concatenate([net(data.read.batch(b)["inputs"]).numpy() for b in batches])
     starts = _starts(data.raw.x)
     theirs = np.concatenate([graph.logits({ROWS_IN: data.raw.x[i : i + BATCH]}) for i in starts])
-    return ClassifierParity(
+    return NetParity(
         rows_from=data.rows_from,
         rows=len(data.raw),
         **agreement(ours, theirs, data.raw.labels),
         quantize=quantize,
         bytes=(folder / ONNX).stat().st_size,
-        latency_seconds={rows: _seconds(graph, rows) for rows in BATCHES},
+        latency_seconds=_latency(folder / ONNX),
+        latency_seconds_fp32=single,
         tokens=None,
         peak_memory_bytes=bench.peak_memory_bytes(folder),
     )
+
+
+def _latency(file: Path) -> dict[int, float]:
+    """Seconds of a call by batch size, on one thread."""
+    graph = Graph(file, threads=1)
+    return {rows: _seconds(graph, rows) for rows in BATCHES}
 
 
 def _seconds(graph: Graph, rows: int) -> float:

@@ -20,7 +20,7 @@ from fedspine.exports.signature import LOGITS
 if TYPE_CHECKING:
     import onnx
 
-STATIC = "int8-static"
+DYNAMIC, STATIC = "int8", "int8-static"
 CALIBRATION_ROWS = 128  # at most
 # squares overflow fp16 above 255, which activations of decoders exceed
 WIDE = ["Pow", "ReduceMean", "Sqrt", "Reciprocal"]
@@ -170,6 +170,6 @@ class _CalibrationReader:
 QUANTISERS: dict[str, Callable[[Path, Path, Feeds], None]] = {
     "none": lambda path, scratch, feeds: None,
     "fp16": _fp16,
-    "int8": _int8,
+    DYNAMIC: _int8,
     STATIC: _int8_static,
 }

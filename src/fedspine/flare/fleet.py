@@ -32,7 +32,7 @@ from fedspine.flare.site_state import (
     TimeLimit,
 )
 from fedspine.flare.wire import Opened
-from fedspine.fleets.rounds import Devices, Totals, Waits, mean_wait, round_row
+from fedspine.fleets.rounds import Devices, MessageLosses, Totals, Waits, mean_wait, round_row
 
 OPEN_SECONDS = 600.0  # for a site to load model and rows
 CHECK_SECONDS = 2.0  # between two checks of which sites are there
@@ -50,8 +50,10 @@ class FlareFleet:
         ids: tuple[DeviceId, ...] | None = None,
         *,
         all_pending: bool = False,
+        losses: MessageLosses | None = None,
     ) -> None:
         self._session, self._ids, self._all_pending = session, ids, all_pending or ids is None
+        self._losses = losses or MessageLosses()
 
     @property
     def devices(self) -> tuple[Profile, ...]:
@@ -85,7 +87,10 @@ class FlareFleet:
         self._check(orders)
         session, started = self._session, self.now
         built = {id: orders[id] for id in orders}
-        under_way = {id: session.dispatch(id, work, built[id], within) for id in built}
+        under_way = {
+            id: session.dispatch(id, work, order, within, self._losses)
+            for id, order in built.items()
+        }
         with session.devices_wall.served():
             came = {id: future.result() for id, future in under_way.items()}
         with session.lock:
@@ -154,6 +159,9 @@ class FlareFleet:
 
     def foresee(self, device: DeviceId, **cost: float) -> None:
         """None: the time of a real site is unknown."""
+
+    def losing(self, losses: MessageLosses) -> "FlareFleet":
+        return FlareFleet(self._session, self._ids, all_pending=self._all_pending, losses=losses)
 
     # the run loop's part of the interface: see `fedspine.fleets.rounds`
 
@@ -276,7 +284,7 @@ class FlareFleet:
 
     def _send(self, id: DeviceId, work: Work[Any, Any], order: Any, round: int) -> None:
         session = self._session
-        came = session.dispatch(id, work, order, inf)
+        came = session.dispatch(id, work, order, inf, self._losses)
         session.sent[id] = InFlight(id, round, work, order, self.now, came)
         session.pending.append(session.sent[id])
 

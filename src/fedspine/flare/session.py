@@ -34,7 +34,7 @@ from fedspine.flare.site_state import (
     Timeouts,
 )
 from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
-from fedspine.fleets.rounds import Devices, Totals, Waits
+from fedspine.fleets.rounds import LOST, Devices, MessageLosses, Totals, Waits
 from fedspine.storage.records import Records
 
 PING_SECONDS = 5.0
@@ -78,19 +78,25 @@ class FlareSession:
         return time.monotonic() - self.began
 
     def dispatch(
-        self, device: DeviceId, work: Work[Any, Any], order: Any, within: float
+        self,
+        device: DeviceId,
+        work: Work[Any, Any],
+        order: Any,
+        within: float,
+        losses: MessageLosses,
     ) -> Future[AskResult]:
         """Queue an order for its site, with a time limit of `within` seconds from now."""
-        end = TimeLimit(min(within, self.timeouts.within))
-        return self.sites[device].line.submit(self._execute, self.sites[device], work, order, end)
+        end = TimeLimit(min(losses.limit(device, within), self.timeouts.within))
+        site, lost = self.sites[device], device in losses.replies
+        return site.line.submit(self._execute, site, work, order, end, lost)
 
     def _execute(
-        self, site: SiteState, work: Work[Any, Any], order: Any, end: TimeLimit
+        self, site: SiteState, work: Work[Any, Any], order: Any, end: TimeLimit, lost: bool
     ) -> AskResult:
         torch.set_num_threads(1)
         began, payload = time.monotonic(), pack(order).payload
         try:
-            came = self._asked(site, work, payload, end)
+            came = self._asked(site, work, payload, end, lost)
         except (TimeoutError, RelayLost) as error:
             came = str(error)
         site.missed = isinstance(came, str) and not isinstance(came, Declined)
@@ -99,7 +105,9 @@ class FlareSession:
             spent, came if isinstance(came, str) else None, len(payload), time.monotonic() - began
         )
 
-    def _asked(self, site: SiteState, work: Work[Any, Any], payload: bytes, end: TimeLimit) -> Any:
+    def _asked(
+        self, site: SiteState, work: Work[Any, Any], payload: bytes, end: TimeLimit, lost: bool
+    ) -> Any:
         """The result and the site's answer, or a line with the reason why there is none."""
         if site.missed and not self.answers_ping(site, end):
             return "does not answer"
@@ -117,7 +125,7 @@ class FlareSession:
             reply = self.exchange(site.name, asked, end, SiteAnswer, NotDone)
             match reply:
                 case SiteAnswer():
-                    return self._taken(site, work, reply)
+                    return LOST if lost else self._taken(site, work, reply)
                 case NotDone(reason="not opened"):
                     opened = self.open(site.name, end)
                     if not isinstance(opened, Opened):
@@ -244,7 +252,7 @@ class FlareSession:
 
     def note(self, **values: Any) -> None:
         with self.lock:
-            self.records.write("note", now=self.now, values=values)
+            self.records.note(self.now, values)
 
 
 def false_count(opened: Opened) -> str | None:

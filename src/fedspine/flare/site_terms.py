@@ -34,6 +34,9 @@ class AllowSection(Section):
     largest_batch: int = pydantic.Field(256, ge=1)  # rows of a step
     # of adapters; one as wide as its layer could undo the blocks under a cut
     largest_rank: int = pydantic.Field(32, ge=1)
+    # of changes of the frozen weights, which no device trains, but with which a server could write
+    # a model of its own in place of the site's
+    largest_merged_rank: int = pydantic.Field(0, ge=0)
     # This and the next five bound training whose weights leave. One step reveals more than several.
     # AdamW reveals the size of a gradient only if it is far below 1e-8, SGD always.
     fewest_steps: int = pydantic.Field(8, ge=1)
@@ -143,6 +146,9 @@ def _check_part(site: str, allow: AllowSection, terms: RunTerms, reads: Reads) -
         require(site, "scales", reads.scale, "for the adapter's scale", least=least, most=most)
     if reads.rank is not None:
         require(site, "largest_rank", reads.rank, "for a rank", least=1, most=allow.largest_rank)
+    if reads.merged is not None:
+        what, most = "for the rank that is merged into the base", allow.largest_merged_rank
+        require(site, "largest_merged_rank", reads.merged, what, most=most)
     if reads.classes is not None and reads.classes != len(terms.label_names):
         line = f"shares of {reads.classes} classes are asked, the task has {len(terms.label_names)}"
         _refuse(site, line, "order")

@@ -22,12 +22,14 @@ WIDEST = 4096  # side of weights that are not the model's own, such as a decoder
 
 def check_weights(site: str, allow: AllowSection, order: Any, base: Base) -> None:
     """Raise Refused for weights, anywhere in the order, whose name or size does not belong to this
-    model, and for adapters beyond the site's rank.
+    model, and for adapters, or what is merged, beyond the site's rank.
 
     Weights with other names must be declared by the order's messages.
     """
-    largest = _largest(base, allow.largest_rank)
-    extra = {name for reads in reads_of(order) for name in reads.names}
+    declared = list(reads_of(order))
+    merges = any(reads.merged is not None for reads in declared)  # and brings no other adapter
+    largest = _largest(base, allow.largest_merged_rank if merges else allow.largest_rank)
+    extra = {name for reads in declared for name in reads.names}
     for tensors in _weights(order):
         for name, tensor in tensors.items():
             most = largest.get(name) or ((WIDEST,) * tensor.dim() if name in extra else ())

@@ -11,12 +11,13 @@ import numpy as np
 
 from fedspine.core.device import DeviceId, O, R, Work
 from fedspine.core.fleet import Fleet, Reply, T
+from fedspine.fleets.rounds import LOST, LosingFleet, MessageLosses
 from fedspine.fleets.wrapper import FleetWrapper
 
 
 class Lossy(FleetWrapper):
     """A fleet that loses each exchange with probability `drop`: half of them before the order
-    arrives, half after the work is done.
+    arrives, half after the work is done; then the device goes on as if it had not been asked.
 
     `delay_seconds` is the mean of an exponential delay that is added to every reply to `ask`;
     replies to `send` are not delayed. Losses depend on `seed`, the fleet's clock and this wrapper's
@@ -24,7 +25,7 @@ class Lossy(FleetWrapper):
     """
 
     def __init__(
-        self, fleet: Fleet, *, drop: float = 0.0, delay_seconds: float = 0.0, seed: int = 0
+        self, fleet: LosingFleet, *, drop: float = 0.0, delay_seconds: float = 0.0, seed: int = 0
     ) -> None:
         if not 0 <= drop <= 1 or delay_seconds < 0:
             raise ValueError(
@@ -32,6 +33,7 @@ class Lossy(FleetWrapper):
                 f"expected, got {drop} and {delay_seconds}"
             )
         super().__init__(fleet)
+        self._fleet: LosingFleet = fleet
         self._drop, self._delay, self._seed = drop, delay_seconds, seed
         # shared by all parts, so that each ask is a new draw
         self._draws: Counter[DeviceId] = Counter()
@@ -40,37 +42,26 @@ class Lossy(FleetWrapper):
         self, work: Work[O, R], orders: Mapping[DeviceId, O], *, within: float = inf
     ) -> list[Reply[R]]:
         luck = {id: self._luck(id) for id in orders}
-        on_the_way = {id for id, (chance, _) in luck.items() if chance < self._drop / 2}
-        silent = {id for id, (chance, _) in luck.items() if chance < self._drop}
-        for id in sorted(silent):
-            self.note(device=id, left_out="lost")
-        started = self._fleet.now
+        delays = {id: self._delay * units for id, (_, units) in luck.items()}
+        fleet, left = self._unlucky(luck, orders, delays)
+        started = self.now
         replies = [
-            _later(reply, self._delay * luck[reply.device][1])
-            for reply in self._fleet.ask(work, _Without(orders, on_the_way), within=within)
-            if reply.device not in silent
+            _later(reply, delays[reply.device]) for reply in fleet.ask(work, left, within=within)
         ]
         # lost and late replies are waited for until the limit; without a limit a loss is known at
         # once
-        ends = [min(reply.cost.seconds, within) for reply in replies] + [within] * (
-            bool(silent) and within < inf
+        ends = [reply.cost.seconds for reply in replies] + [within] * (
+            len(replies) < len(luck) and within < inf
         )
-        self._fleet.wait(max(0.0, max(ends, default=0.0) - (self._fleet.now - started)))
-        return [reply for reply in replies if reply.cost.seconds <= within]
+        self.wait(max(0.0, max(ends, default=0.0) - (self.now - started)))
+        return replies
 
     def send(self, work: Work[O, R], orders: Mapping[DeviceId, O]) -> None:
-        lost = {id for id in orders if self._luck(id)[0] < self._drop / 2}
-        for id in sorted(lost):
-            self.note(device=id, left_out="lost")
-        self._fleet.send(work, _Without(orders, lost))
+        fleet, left = self._unlucky({id: self._luck(id) for id in orders}, orders, {})
+        fleet.send(work, left)
 
     def next(self) -> Reply[Any]:
-        while True:
-            reply = self._fleet.next()
-            # the probability at which half of all losses happen here
-            if self._luck(reply.device)[0] >= self._drop / (2 - self._drop):
-                return reply
-            self.note(device=reply.device, left_out="lost")
+        return self._fleet.next()
 
     def only(self, ids: Iterable[DeviceId]) -> "Lossy":
         return self._around(self._fleet.only(ids))
@@ -93,7 +84,21 @@ class Lossy(FleetWrapper):
         )
         return None if seconds is None else seconds + self._delay
 
-    def _around(self, fleet: Fleet) -> "Lossy":
+    def _unlucky(
+        self,
+        luck: Mapping[DeviceId, tuple[float, float]],
+        orders: Mapping[DeviceId, O],
+        delays: Mapping[DeviceId, float],
+    ) -> tuple[Fleet, Mapping[DeviceId, O]]:
+        """The fleet, which loses some replies, and the orders that arrive."""
+        on_the_way = {id for id, (chance, _) in luck.items() if chance < self._drop / 2}
+        silent = {id for id, (chance, _) in luck.items() if chance < self._drop}
+        for id in sorted(on_the_way):
+            self.note(device=id, left_out=LOST)
+        losses = MessageLosses(frozenset(silent - on_the_way), delays)
+        return self._fleet.losing(losses), _Without(orders, on_the_way)
+
+    def _around(self, fleet: Any) -> "Lossy":
         part = Lossy(fleet, drop=self._drop, delay_seconds=self._delay, seed=self._seed)
         part._draws = self._draws
         return part

@@ -19,6 +19,7 @@ from fedspine.core.server_optimiser import Server
 from fedspine.core.task import Data
 from fedspine.execution.pricing import Price, price
 from fedspine.fleets.hardware import Hardware, Timing
+from fedspine.storage.records import check_note
 
 
 class Planned(Exception):
@@ -124,6 +125,7 @@ class PlannedFleet:
         self.now += seconds
 
     def note(self, **values: Any) -> None:
+        check_note(values)
         if "left_out" in values:
             self.left_out[values["device"]] = values["left_out"]
 

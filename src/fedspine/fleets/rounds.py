@@ -35,6 +35,34 @@ class Totals:
         self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
 
 
+LOST = "lost"  # why a reply is missing that a `MessageLosses` names
+
+
+@dataclass(frozen=True)
+class MessageLosses:
+    """Which devices' replies are lost on their way back, and the seconds by which others' are
+    delayed beyond their cost.
+    """
+
+    replies: frozenset[DeviceId] = frozenset()
+    delays: Mapping[DeviceId, float] = field(default_factory=dict)
+
+    def limit(self, device: DeviceId, within: float) -> float:
+        """The seconds after which a device's reply, with its delay, is later than `within`."""
+        return within - self.delays.get(device, 0.0)
+
+
+class LosingFleet(Fleet, Protocol):
+    """A fleet or a part of one, as a wrapper that loses messages needs it."""
+
+    def losing(self, losses: MessageLosses) -> Fleet:
+        """The same part, whose orders lose these replies. As at a real site, a device whose reply
+        does not arrive in time goes on as if it had not been asked: with the memory and the draws
+        that it had. Only what it has spent of its privacy and answered stays counted.
+        """
+        ...
+
+
 @dataclass
 class Devices:
     """Wall seconds of a round spent on serving devices or waiting for them; the rest is the

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from fedspine.core.aggregation import Aggregation
-from fedspine.core.device import DeviceId, O, R, Work
+from fedspine.core.device import DeviceId, O, R, Served, Work
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost, Cost, Fleet, Idle, Profile, Reply, T
 from fedspine.core.message import unpack
 from fedspine.core.server_optimiser import Server
 from fedspine.fleets.hardware import KINDS, device_ids
-from fedspine.fleets.rounds import Devices, Totals, Waits, mean_wait, round_row
+from fedspine.fleets.rounds import LOST, Devices, MessageLosses, Totals, Waits, mean_wait, round_row
 from fedspine.fleets.simulated_world import (
     Clock,
     PendingReply,
@@ -53,11 +53,13 @@ class SimulatedFleet:
         devices: tuple[Profile, ...] | None = None,
         clock: Clock | None = None,
         pending_of: tuple[Profile, ...] | None = None,
+        losses: MessageLosses | None = None,
     ) -> None:
         self._world = world
         self._devices = world.profiles if devices is None else devices
         self._pending_of = self._devices if pending_of is None else pending_of
         self._clock = clock or Clock()
+        self._losses = losses or MessageLosses()
 
     @property
     def devices(self) -> tuple[Profile, ...]:
@@ -87,11 +89,9 @@ class SimulatedFleet:
         declined: list[str] = []
         with self._world.devices_wall.served():
             for device, order, served, cost in self._world.exchange(work, orders):
-                late = cost.seconds > within or served.declined is not None
-                self._world.record(work, device, started, cost, served, late)
                 seconds.append(min(cost.seconds, within))
                 declined += [] if served.declined is None else [served.declined]
-                if not late:
+                if self._received(work, device, served, cost, within):
                     value = unpack(served.result)
                     replies.append(Reply(device=device, value=value, cost=cost, order=order))
         if seconds:
@@ -107,7 +107,7 @@ class SimulatedFleet:
         world = self._world
         with world.devices_wall.served():
             for device, order, served, cost in world.exchange(work, orders):
-                world.record(work, device, self.now, cost, served, served.declined is not None)
+                arrives = self._received(work, device, served, cost)
                 if served.declined is not None:
                     continue
                 end = self.now + cost.seconds
@@ -119,7 +119,7 @@ class SimulatedFleet:
                         device=device,
                         round=world.round,
                         order=order,
-                        result=np.frombuffer(served.result, np.uint8),
+                        result=np.frombuffer(served.result if arrives else b"", np.uint8),
                         cost=vars(cost),
                     )
                 )
@@ -127,12 +127,15 @@ class SimulatedFleet:
 
     def next(self) -> Reply[Any]:
         world, mine = self._world, {profile.id for profile in self._pending_of}
-        pending = (entry for entry in world.pending if entry.device in mine)
-        entry = min(pending, key=lambda entry: (entry.due, entry.number), default=None)
-        if entry is None:
-            raise Idle("no reply is under way; send an order first")
-        world.pending.remove(entry)
-        self._clock.now = max(self.now, entry.due)
+        while True:
+            pending = (entry for entry in world.pending if entry.device in mine)
+            entry = min(pending, key=lambda entry: (entry.due, entry.number), default=None)
+            if entry is None:
+                raise Idle("no reply is under way; send an order first")
+            world.pending.remove(entry)
+            self._clock.now = max(self.now, entry.due)
+            if len(entry.result):  # it was not lost
+                break
         world.totals.late += world.round > entry.round
         return Reply(
             device=entry.device,
@@ -160,7 +163,7 @@ class SimulatedFleet:
         self._clock.now += seconds
 
     def note(self, **values: Any) -> None:
-        self._world.records.write("note", now=self.now, values=values)
+        self._world.records.note(self.now, values)
 
     @property
     def unusable(self) -> Mapping[DeviceId, str]:
@@ -182,6 +185,9 @@ class SimulatedFleet:
         }
         return self._world.timing(device, None, **spent).total
 
+    def losing(self, losses: MessageLosses) -> "SimulatedFleet":
+        return SimulatedFleet(self._world, self._devices, self._clock, self._pending_of, losses)
+
     # the run loop's part of the interface: see `fedspine.fleets.rounds`
 
     clock = "simulated"
@@ -201,6 +207,7 @@ class SimulatedFleet:
         The first round is charged for the exchanges before it.
         """
         self._world.round = self._world.records.round = round
+        self._world.unanswered.clear()
         self._world.totals, self._world.waits, self._world.devices_wall = (
             Totals(),
             Waits(),
@@ -245,6 +252,25 @@ class SimulatedFleet:
         """
         self._world.keep_memories()
         return self._world.memories
+
+    def _received(
+        self,
+        work: Work[Any, Any],
+        device: DeviceId,
+        served: Served,
+        cost: Cost,
+        within: float = inf,
+    ) -> bool:
+        """Write an exchange down, and keep the device's memory if its reply arrives in time.
+        Returns whether it does.
+        """
+        lost = LOST if device in self._losses.replies else None
+        late = cost.seconds > self._losses.limit(device, within)
+        arrives = not late and lost is None and served.declined is None
+        self._world.settle(device, served, arrives)
+        why = lost or served.declined
+        self._world.record(work, device, self.now, cost, served, lost=not arrives, left_out=why)
+        return arrives
 
     def _part(self, ids: Iterable[DeviceId]) -> tuple[Profile, ...]:
         wanted = set(ids)

@@ -2,6 +2,7 @@
 workers that serve them, pending replies, and the round's totals.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +12,15 @@ import numpy as np
 from fedspine.core.aggregation import Aggregation, Mean
 from fedspine.core.device import Call, DeviceId, Served, Work, name_of
 from fedspine.core.fleet import Cost, EarlyExchange, Profile
-from fedspine.core.message import message, pack
-from fedspine.core.privacy import Privacy
+from fedspine.core.message import message, pack, unpack
+from fedspine.core.noise import COUNTED
+from fedspine.core.privacy import KEPT, Privacy
 from fedspine.core.server_optimiser import Server
 from fedspine.execution.workers import Workers
 from fedspine.fleets.hardware import Hardware, Timing
 from fedspine.fleets.rounds import Devices, Totals, Waits
 from fedspine.storage.records import Records
-from fedspine.storage.store import Store
+from fedspine.storage.store import Store, version_of
 
 
 @message
@@ -26,7 +28,7 @@ class Snapshot:
     """The saved state of a simulated fleet, without the devices' memories."""
 
     now: float
-    asks: dict[str, int]  # served so far, by device
+    asks: dict[str, int]  # answered so far, by device
     pending: tuple["PendingReply", ...]
 
 
@@ -46,7 +48,7 @@ class PendingReply:
     device: str
     round: int  # in which its order was sent
     order: Any
-    result: np.ndarray  # uint8, the packed reply
+    result: np.ndarray  # uint8, the packed reply; empty if it is lost
     cost: dict[str, float]
 
 
@@ -71,7 +73,9 @@ class World:
     noise: float = 0.0  # that devices add beside what training changes
     early: tuple[EarlyExchange, ...] = ()  # all at once, charged to the first round
     round: int = 0
-    asks: dict[DeviceId, int] = field(default_factory=dict)
+    asks: dict[DeviceId, int] = field(default_factory=dict)  # whose replies arrived
+    # asks of this round whose replies did not; others draw other times
+    unanswered: Counter[DeviceId] = field(default_factory=Counter)
     memories: dict[DeviceId, str] = field(default_factory=dict)  # files, as of the last save
     # memories of the devices asked since
     changed: dict[DeviceId, bytes] = field(default_factory=dict)
@@ -88,8 +92,8 @@ class World:
     def exchange(
         self, work: Work[Any, Any], orders: Mapping[DeviceId, Any]
     ) -> Iterator[tuple[DeviceId, Any, Served, Cost]]:
-        """Serve every order and yield it with its result, in their order; the caller advances the
-        clock.
+        """Serve every order and yield it with its result, in their order; the caller settles each
+        and advances the clock.
         """
         name, bytes_down, built = name_of(work), {}, {}
 
@@ -102,17 +106,14 @@ class World:
                 yield self._call(device, name, packed.payload)
 
         for device, served in zip(orders, self.workers.run(calls()), strict=True):
-            asked = self.asks.get(device, 0)
             timing = self.timing(
                 device,
-                asked,
+                self.asks.get(device, 0) + self.unanswered[device],
                 flops=served.flops,
                 launches=served.launches,
                 bytes_down=bytes_down[device],
                 bytes_up=len(served.result),
             )
-            self.asks[device] = asked + 1
-            self.changed[device] = served.memory
             yield (
                 device,
                 built.pop(device),
@@ -125,6 +126,19 @@ class World:
                     seconds=timing.total,
                 ),
             )
+
+    def settle(self, device: DeviceId, served: Served, arrived: bool) -> None:
+        """Keep a device's memory if its reply arrived; see `fleets.rounds.LosingFleet`."""
+        if arrived:
+            self.asks[device] = self.asks.get(device, 0) + 1
+            self.changed[device] = served.memory
+            return
+        self.unanswered[device] += 1
+        if served.declined is None and (self.privacy is not None or self.noise):
+            packed, after = self._memory(device), unpack(served.memory)
+            before = {} if packed is None else unpack(packed)
+            counted = {name: after[name] for name in (KEPT, COUNTED) if name in after}
+            self.changed[device] = pack(before | counted).payload
 
     def timing(self, device: DeviceId, ask: int | None, **cost: Any) -> Timing:
         """Seconds of an exchange of this `cost`, if the device served so many before; None: without
@@ -158,7 +172,8 @@ class World:
     def keep_memories(self) -> None:
         """Write the memories that changed since the last save, for the next one."""
         for device, payload in self.changed.items():
-            self.memories[device] = self.store.put_memory(device, self.asks[device], payload)
+            version = version_of(self.memories.get(device)) + 1
+            self.memories[device] = self.store.put_memory(device, version, payload)
         self.changed.clear()
 
     def record(
@@ -168,18 +183,18 @@ class World:
         started: float,
         cost: Cost,
         served: Served,
+        *,
         lost: bool,
+        left_out: str | None,
     ) -> None:
-        """Write one exchange down and add it to the round's totals; note who declined."""
+        """Write one exchange down and add it to the round's totals; note why its reply is left out,
+        if there is a reason.
+        """
         private = {} if served.epsilon is None else {"epsilon": served.epsilon}
         private |= {} if served.noise is None else {"noise": served.noise}
         self._write(work.__name__, device, started, cost, served.samples, lost=lost, **private)
-        if served.declined is not None:
-            self.records.write(
-                "note",
-                now=started,
-                values={"device": device, "left_out": served.declined},
-            )
+        if left_out is not None:
+            self.records.note(started, {"device": device, "left_out": left_out})
 
     def charge(self, early: EarlyExchange, started: float) -> float:
         """Charge a device for an exchange before the first round; returns its seconds."""

@@ -9,8 +9,6 @@ ms, through fp32 0.5; this attention 1.0 ms forward and 2.3 both ways, PyTorch's
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from fedspine.core.message import Tensors
 
@@ -76,5 +74,12 @@ def module_inputs(inputs: Tensors) -> Tensors:
     return {name: tensor for name, tensor in inputs.items() if name not in left_out}
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, eager_mask)
+def registered() -> str:
+    """The name of this attention, which transformers knows from now on."""
+    # seconds of imports, which a recipe or a list of methods need not wait for
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    return NAME

@@ -22,7 +22,7 @@ from fedspine.core.task import BUILT_IN_MODELS, Pooling, TaskKind
 from fedspine.lm import attention, gguf_files, vocabulary
 from fedspine.lm.base import Base, HeadLayer
 from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
-from fedspine.lm.pooling import CLASSES, HEAD, built, pooling_of, readout_of
+from fedspine.lm.pooling import HEAD, built, pooling_of, readout_of, stock_class
 from fedspine.lm.prunable_layout import held_in, layout_of, unit_map
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -125,12 +125,12 @@ def _load_base(
         torch.manual_seed(0)
         module, info = read(
             name,
-            CLASSES[pooling].from_pretrained,
+            stock_class(pooling).from_pretrained,
             source,
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            attn_implementation=attention.NAME,
+            attn_implementation=attention.registered(),
             ignore_mismatched_sizes=True,
         )
         module = built(module, pooling)

@@ -19,13 +19,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
-from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils.hub import cached_file
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import Pooling, TaskKind
@@ -36,11 +29,11 @@ HOW = (
     "`mask = inputs.attention_mask[..., None]; (logits * mask).sum(1) / mask.sum(1)`."
 )
 # the stock class of each; None: a language model, which has no task head
-CLASSES: dict[Pooling | None, Any] = {
-    "mean": AutoModelForTokenClassification,
-    "cls": AutoModelForSequenceClassification,
-    "bi-encoder": AutoModelForTokenClassification,  # whose head is replaced: `built`
-    None: AutoModelForCausalLM,
+CLASSES: dict[Pooling | None, str] = {
+    "mean": "AutoModelForTokenClassification",
+    "cls": "AutoModelForSequenceClassification",
+    "bi-encoder": "AutoModelForTokenClassification",  # whose head is replaced: `built`
+    None: "AutoModelForCausalLM",
 }
 READOUTS: dict[Pooling, str] = {
     "mean": "the mean of the tokens through one linear layer",
@@ -51,6 +44,20 @@ READOUTS: dict[Pooling, str] = {
 HEAD = "classifier"  # the linear layer behind the backbone of an encoder's token classifier
 PARTS = 3  # of what the head reads: u, v and their distance
 SENTENCE_POOLING = "1_Pooling/config.json"  # of sentence-transformers
+
+
+def stock_class(pooling: Pooling | None) -> Any:
+    """The class of transformers for a pooling."""
+    import transformers  # takes seconds, which a list of methods need not wait for
+
+    return getattr(transformers, CLASSES[pooling])
+
+
+def _output(logits: Tensor) -> Any:
+    """What a stock sequence classifier returns."""
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    return SequenceClassifierOutput(logits=logits)
 
 
 def built(module: nn.Module, pooling: Pooling | None) -> nn.Module:
@@ -77,14 +84,14 @@ class MeanPooled(nn.Module):
 
     def forward(
         self, attention_mask: Int[Tensor, "rows tokens"] | None = None, **inputs: Any
-    ) -> SequenceClassifierOutput:
+    ) -> Any:
         """`logits` fp32 [rows, classes]; a row of no token has zeros. Without a mask all tokens
         count.
         """
         logits = self.module(attention_mask=attention_mask, **inputs).logits.float()
         if attention_mask is None:
-            return SequenceClassifierOutput(logits=logits.mean(1))
-        return SequenceClassifierOutput(logits=mean_of_tokens(logits, attention_mask))
+            return _output(logits.mean(1))
+        return _output(mean_of_tokens(logits, attention_mask))
 
 
 class BiEncoder(nn.Module):
@@ -107,7 +114,7 @@ class BiEncoder(nn.Module):
         input_ids: Int[Tensor, "rows tokens"],
         attention_mask: Int[Tensor, "rows tokens"] | None = None,
         token_type_ids: Int[Tensor, "rows tokens"] | None = None,
-    ) -> SequenceClassifierOutput:
+    ) -> Any:
         """`logits` fp32 [rows, classes]; the mean of a text of no token is zero. Without a mask all
         tokens count, and without types all are of the first text.
         """
@@ -116,7 +123,7 @@ class BiEncoder(nn.Module):
         first, second = _text_masks(input_ids, attention_mask, token_type_ids)
         u, v = mean_of_tokens(hidden, first), mean_of_tokens(hidden, second)
         head = self.module.get_submodule(HEAD)
-        return SequenceClassifierOutput(logits=head(torch.cat([u, v, (u - v).abs()], -1)).float())
+        return _output(head(torch.cat([u, v, (u - v).abs()], -1)).float())
 
     def backbone_inputs(
         self,
@@ -217,6 +224,8 @@ def _stated_pooling(source: str) -> Pooling | None:
     if Path(source).is_dir():
         path = Path(source) / SENTENCE_POOLING
     else:
+        from transformers.utils.hub import cached_file
+
         found = cached_file(
             source,
             SENTENCE_POOLING,

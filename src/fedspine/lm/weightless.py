@@ -28,7 +28,7 @@ from fedspine.lm.load import (
     read,
     smollm2_file,
 )
-from fedspine.lm.pooling import CLASSES, built, readout_of
+from fedspine.lm.pooling import built, readout_of, stock_class
 from fedspine.lm.prunable_layout import held_in, layout_of
 
 META = torch.device("meta")
@@ -126,7 +126,7 @@ def load(
     if readout is not None:
         config.num_labels = classes
     with META:
-        module = read(name, CLASSES[readout].from_config, config, dtype=torch.float32)
+        module = read(name, stock_class(readout).from_config, config, dtype=torch.float32)
         module = built(module, readout)
     layout = held_in(layout_of(module.config, module.base_model_prefix), bits)
     saved = type(module).__name__ in (config.architectures or ())

@@ -56,7 +56,7 @@ class FloraOrder:
     @property
     def reads(self) -> Reads:
         return Reads(
-            scale=self.scale, rank=max(self.rank, self.merged_rank), names=tuple(self.change)
+            scale=self.scale, rank=self.rank, merged=self.merged_rank, names=tuple(self.change)
         )
 
     def check(self, asked: Asked) -> None:
@@ -197,7 +197,7 @@ class Flora(UnequalRanks):
 
     def predicted_reads(self, base: Any) -> Reads:
         """With the rank of everything merged at the end: the full rank of the weights."""
-        return replace(super().predicted_reads(base), rank=_full_rank(base.layout))
+        return replace(super().predicted_reads(base), merged=_full_rank(base.layout))
 
     def start(self, task: Task, rng: np.random.Generator) -> FloraState:
         return FloraState(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,18 @@ def page(
         troubles=[_trouble_row(line) for line in troubles(rows)],
         answer_scores=answer_rows(numbers),
         answers=[_answers(row) for row in _last_answers(rows, numbers)],
-        recipe=recipe,
+        recipe=_without_folders(recipe),
         footer=_footer(numbers),
     )
+
+
+def _without_folders(recipe: str) -> str:
+    """A recipe with the last part of every absolute path, which is all that another machine knows.
+
+    >>> _without_folders('model = "/home/ann/bert"'), _without_folders('data = "ann/rows"')
+    ('model = "bert"', 'data = "ann/rows"')
+    """
+    return re.sub(r'"/[^"\n]*/([^"/\n]+)/?"', r'"\1"', recipe)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The run directory: its files, how it is made, and reading a run's recipe, status and summary."""
+"""The run directory: its files, how it is made, and reading a run's recipe, status and summary.
+
+A recipe is checked by its method, whose import takes seconds, so only functions import that.
+"""
 
 import json
 import os
@@ -10,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 from fedspine.core import strict
 from fedspine.core.errors import BadInput
 from fedspine.runs import task_record
-from fedspine.runs.config import Recipe
-from fedspine.runs.config import recipe as checked
 from fedspine.runs.recipe_format import FORMAT, format_of, state_is_read
 from fedspine.storage.records import RECORDS as RECORDS
 from fedspine.storage.store import Store, write_atomically
 
 if TYPE_CHECKING:
     from fedspine.runs.assemble import Assembled
+    from fedspine.runs.config import Recipe
 
 RECIPE, SUMMARY, STATE, FAILURE = (
     "recipe.toml",
@@ -31,13 +33,20 @@ DEVICE_SCORES = "device_scores.json"  # per-client metrics of all devices, if re
 CACHE = "cache"  # removed when the run ends
 
 
-def recipe_of(run_dir: Path) -> Recipe:
-    """The recipe in a run directory; raises BadInput for any other folder."""
+def check_folder(run_dir: Path) -> None:
+    """Raise BadInput for a folder that is no run's."""
     if not ((run_dir / RECIPE).is_file() and (run_dir / STATE).is_dir()):
         what = f"has no {RECIPE} and {STATE}/" if run_dir.exists() else "does not exist"
         raise BadInput(
             f"{run_dir} is not the folder of a run (it {what}); name one that `fedspine run` made"
         )
+
+
+def recipe_of(run_dir: Path) -> "Recipe":
+    """The recipe in a run directory; raises BadInput for any other folder."""
+    from fedspine.runs.config import recipe as checked
+
+    check_folder(run_dir)
     # as it was written: a folder that now happens to bear the name of a Hub id is not what it meant
     tables = _tables_of(run_dir)
     try:
@@ -67,13 +76,14 @@ def _check_format(run_dir: Path, tables: dict[str, Any]) -> None:
 
 def status_of(run_dir: Path) -> dict[str, Any]:
     """The summary of a finished run, or the current numbers of an unfinished one."""
+    check_folder(run_dir)
+    if (summary := summary_of(run_dir)) is not None:
+        return summary
     # these two make the messages in a saved state known
     from fedspine.flare import site_state  # noqa: F401
     from fedspine.fleets import simulated  # noqa: F401
 
-    recipe, summary = recipe_of(run_dir), summary_of(run_dir)
-    if summary is not None:
-        return summary
+    recipe = recipe_of(run_dir)
     check_format(run_dir)
     saved = Store(run_dir / STATE).load()
     known = {
@@ -112,7 +122,7 @@ def summary_of(run_dir: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def make(run_dir: Path, recipe: Recipe, assembled: "Assembled | None" = None) -> None:
+def make(run_dir: Path, recipe: "Recipe", assembled: "Assembled | None" = None) -> None:
     """Make a run directory with its recipe atomically, so that a kill leaves none half made.
 
     The task record is written too if the run is `assembled` already; else `remember` writes it

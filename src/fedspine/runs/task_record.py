@@ -20,7 +20,6 @@ import pydantic
 
 from fedspine.core.errors import BadInput, listed, reason_of
 from fedspine.core.task import TaskKind
-from fedspine.runs.config import Recipe
 from fedspine.storage.store import write_atomically
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from fedspine.lm.base import Base
     from fedspine.lm.vocabulary import Vocabulary
     from fedspine.nets.net import Net
+    from fedspine.runs.config import Recipe
 
 TASK, BASE = "task.json", "base"
 TURNS = "turns"  # the part of a split that its dialogues are
@@ -76,7 +76,7 @@ class TaskRecord:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def record_of(recipe: Recipe, data: "Dataset", *, here: bool = True) -> TaskRecord:
+def record_of(recipe: "Recipe", data: "Dataset", *, here: bool = True) -> TaskRecord:
     """The record of a run of this recipe on this data, before its base is known.
 
     Unless the devices' rows are `here`, only the test rows count.

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ class Records:
         line = json.dumps({"row": row, "round": self.round, **plain(values)}).encode() + b"\n"
         self._file.write(line)
         self._digest.update(line)
+
+    def note(self, now: float, values: Mapping[str, Any]) -> None:
+        """Append a remark; raises BadInput as `check_note` does."""
+        check_note(values)
+        self.write("note", now=now, values=values)
 
     def flush(self) -> int:
         """Flush everything to disk; returns the position in bytes."""
@@ -97,11 +103,40 @@ def _digest(path: Path, position: int) -> Any:
     return digest
 
 
-def plain(value: Any) -> Any:
-    """The value with None in place of every number that is not finite, which JSON cannot express.
+def check_note(values: Mapping[str, Any]) -> None:
+    """Raise BadInput for a value of a remark that a record cannot state, such as a tensor of
+    several entries.
+    """
+    for name, value in values.items():
+        for part in _parts(plain(value)):
+            if part is not None and not isinstance(part, bool | int | float | str):
+                shape = getattr(part, "shape", None)
+                of = "" if shape is None else f" of shape {tuple(shape)}"
+                raise BadInput(
+                    f"fleet.note got {name} with a {type(part).__name__}{of}, but numbers, texts, "
+                    "None, and lists and dicts of these were expected; note its tolist(), or a "
+                    "number or text in its place"
+                )
 
-    >>> plain({"loss": float("nan"), "ranks": (4, 8)})
-    {'loss': None, 'ranks': [4, 8]}
+
+def _parts(value: Any) -> Iterator[Any]:
+    """The keys and values in plain lists and dicts, at every depth."""
+    match value:
+        case dict() | list():
+            inside = (*value, *value.values()) if isinstance(value, dict) else value
+            for item in inside:
+                yield from _parts(item)
+        case _:
+            yield value
+
+
+def plain(value: Any) -> Any:
+    """The value with None in place of every number that is not finite, which JSON cannot express,
+    and with numbers of numpy and torch as numbers.
+
+    >>> import numpy as np
+    >>> plain({"loss": float("nan"), "ranks": (4, np.int64(8)), "share": np.array(0.5)})
+    {'loss': None, 'ranks': [4, 8], 'share': 0.5}
     """
     match value:
         case float():
@@ -110,4 +145,7 @@ def plain(value: Any) -> Any:
             return {key: plain(item) for key, item in value.items()}
         case list() | tuple():
             return [plain(item) for item in value]
+        case object(ndim=0, item=number):  # a scalar, or an array or tensor without dimensions
+            found = number()
+            return found if type(found) is type(value) else plain(found)
     return value

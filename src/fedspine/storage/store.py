@@ -25,6 +25,7 @@ CURRENT, PREVIOUS, LOCK = "current.json", "previous.json", "lock"
 STATE_SPARE_BYTES = 8 << 30  # that decoding a state may take; its digest was checked
 DIGEST = "digest"  # of the rest of a list
 SHA256_BYTES = 32
+MEMORY = ".safetensors"  # the end of the name of a device's memory
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Store:
         """Write one device's memory, which becomes current with the next `save`. Returns the file's
         name.
         """
-        name = f"memory-{device}-{version:06d}.safetensors"
+        name = f"memory-{device}-{version:06d}{MEMORY}"
         write_atomically(self._folder / name, payload)
         self._sha256[name] = _sha256(payload)
         return name
@@ -322,6 +323,15 @@ def unsealed(stored: bytes) -> bytes:
         return payload
     unpack(stored, spare_bytes=STATE_SPARE_BYTES)
     return stored
+
+
+def version_of(memory: str | None) -> int:
+    """The version in the name of a device's memory; 0 if it has none.
+
+    >>> version_of("memory-nx-02-000007.safetensors"), version_of(None)
+    (7, 0)
+    """
+    return 0 if memory is None else int(memory.removesuffix(MEMORY).rpartition("-")[2])
 
 
 def _name(round: int) -> str:

@@ -5,13 +5,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedspine.core.errors import BadInput
 from fedspine.core.task import TaskKind
 from fedspine.report.tables import counted
-from fedspine.runs.config import Recipe
 from fedspine.ui.compare.runs import Run, SelectedRuns
+
+if TYPE_CHECKING:
+    from fedspine.runs.config import Recipe
 
 CLOCK = {"fleet.spread", "fleet.drop", "fleet.delay_seconds", "fleet.round_trip_seconds"}
 MODEL = {
@@ -146,7 +148,7 @@ def _group(runs: Iterable[Run], titles: list[str]) -> Group:
     return Group(_title(recipe, extra), recipe.task.kind, _methods(runs))
 
 
-def _title(recipe: Recipe, extra: Iterable[str]) -> str:
+def _title(recipe: "Recipe", extra: Iterable[str]) -> str:
     task, fleet = recipe.task, recipe.fleet
     model = Path(task.model).name + (f" ({counted(task.layers, 'layer')})" if task.layers else "")
     parts = [Path(task.data).name, model, counted(fleet.devices, "device")]
@@ -191,11 +193,11 @@ def _name(name: str, seeds: Mapping[int, Run], namesakes: list[Mapping[int, Run]
     return " ".join([name, *words])
 
 
-def _without_seed(recipe: Recipe) -> dict[str, Any]:
+def _without_seed(recipe: "Recipe") -> dict[str, Any]:
     return {key: value for key, value in recipe.flat.items() if key != "run.seed"}
 
 
-def _part(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
+def _part(recipe: "Recipe", keys: Iterable[str]) -> dict[str, Any]:
     flat = recipe.flat
     return {key: flat.get(key) for key in keys}
 

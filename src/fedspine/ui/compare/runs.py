@@ -6,15 +6,17 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedspine.core.errors import BadInput
 from fedspine.report.rows import RunRows, read_rows
 from fedspine.report.series import Floats, checks
-from fedspine.runs.config import Recipe
 from fedspine.runs.run_dir import RECIPE, RECORDS, SUMMARY, recipe_of, summary_of
+
+if TYPE_CHECKING:
+    from fedspine.runs.config import Recipe
 
 CELLS, CELL, FAILED = "cells", "cell.json", "failed"  # of a sweep's folder
 NEEDED = (  # of a summary
@@ -44,7 +46,7 @@ class Run:
     folder: Path
     label: str | None
     settings: Mapping[str, Any] | None
-    recipe: Recipe
+    recipe: "Recipe"
     summary: Mapping[str, Any]
     curve: Curve
 

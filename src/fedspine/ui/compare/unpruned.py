@@ -3,16 +3,18 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedspine.core.errors import BadInput
-from fedspine.report.page import write_page
 from fedspine.report.tables import UnprunedRun, percent
-from fedspine.runs.config import Recipe
-from fedspine.runs.run_dir import RECIPE, recipe_of, summary_of
+from fedspine.runs.run_dir import RECIPE, check_folder, recipe_of, summary_of
 from fedspine.ui.compare.groups import MEASURED, MODEL, WEIGHTS, aspect_of, keys_of
 from fedspine.ui.compare.runs import CELL, cell_of
+
+if TYPE_CHECKING:
+    from fedspine.runs.config import Recipe
 
 BUDGET = {  # a run's budget and its cohorts
     *("run.rounds", "run.seconds", "run.seed", "run.final_rows"),
@@ -23,12 +25,15 @@ READ = MEASURED | {WEIGHTS: "sha256 of the base's weights"}  # of the summary
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: its folder, its name in a table, its recipe and summary."""
+    """A finished run: its folder, its name in a table, its summary and recipe."""
 
     folder: Path
     name: str
-    recipe: Recipe
     summary: Mapping[str, Any]
+
+    @cached_property
+    def recipe(self) -> "Recipe":  # which takes longer to read, and is not always needed
+        return recipe_of(self.folder)
 
     @property
     def prunes(self) -> bool:
@@ -65,6 +70,8 @@ def unpruned_runs(folder: Path, reference: Path | None = None) -> tuple[Unpruned
 
 def rewrite_pages(folder: Path) -> None:
     """Write the reports again that change when the sweep cell in `folder` is done."""
+    from fedspine.report.page import write_page  # imports what draws, which `show` does not need
+
     cell = _finished(folder)
     if cell is None:
         return
@@ -92,10 +99,10 @@ def _finished(folder: Path) -> Finished | None:
     cell = cell_of(folder)
     if cell and not (folder / RECIPE).is_file():
         return None
-    recipe, summary = recipe_of(folder), summary_of(folder)
-    if summary is None:
+    check_folder(folder)
+    if (summary := summary_of(folder)) is None:
         return None
-    return Finished(folder, cell.get("label") or recipe.method.name, recipe, summary)
+    return Finished(folder, cell.get("label") or summary["method"], summary)
 
 
 def _finished_or_refused(folder: Path) -> Finished:
