@@ -21,7 +21,14 @@ from fedspine.core.errors import BadInput, nearest, reason_of
 from fedspine.core.task import BUILT_IN_MODELS, Pooling, TaskKind
 from fedspine.lm import attention, gguf_files, vocabulary
 from fedspine.lm.base import Base, HeadLayer
-from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
+from fedspine.lm.fits import (
+    check_complete,
+    check_finite,
+    check_folder,
+    check_sizes,
+    check_tokenizer,
+    settle_end,
+)
 from fedspine.lm.pooling import CLASSES, HEAD, built, pooling_of, readout_of
 from fedspine.lm.prunable_layout import held_in, layout_of, unit_map
 
@@ -88,6 +95,7 @@ def config_of(name: str, source: str, *, kind: TaskKind, layers: int | None, **o
     """
     config = read(name, AutoConfig.from_pretrained, source, **options)
     names = unit_map(config.model_type)
+    check_sizes(name, config)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise BadInput(
