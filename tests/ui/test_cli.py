@@ -69,6 +69,9 @@ def place(tiny_folder, tmp_path_factory):
         (root / name).mkdir()
         config = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 32}
         (root / name / "config.json").write_text(json.dumps(config | sizes))
+    (root / "files").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (root / "files" / name).write_bytes(b"GGUF")
     (root / "link").symlink_to(root / "nothing")
     write_csv(root / "rows.csv")
     write_csv(root / "one.csv", labels=("kind",))
@@ -168,6 +171,8 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
         {"task__model": "{place}/odd"},
         ["num_attention_heads = 4", "num_key_value_heads = 3 does not divide"],
     ),
+    "bits": ({"run__frozen_bits": 3}, ["unknown run.frozen_bits '3'", "known: 4, 8"]),
+    "folder of files": ({"task__model": "{place}/files"}, ["a.gguf, b.gguf"]),
     "large seed": ({"run__seed": 2**63}, ["run.seed is 9223372036854775808", "less than"]),
 }
 
@@ -268,6 +273,8 @@ BAD_COMMANDS = {  # arguments, and what the line must say
     "text that is not UTF-8": ("predict {place}/model \udcff", ["text 1 is not UTF-8"]),
     "large seed": ("predict {place}/model good --seed 9223372036854775808", ["'--seed'"]),
     "predict nothing": ("predict {place}/model", ["no text was given"]),
+    "predict with a folder of files": ("predict {place}/files good", ["a.gguf, b.gguf"]),
+    "more threads than cores": ("bench {place}/model --threads 100000", ["--threads is 100000"]),
     "bench of long rows": ("bench {place}/model --tokens 100000", ["tokens"]),
 }
 

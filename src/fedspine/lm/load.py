@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fedspine.core.errors import BadInput, nearest, reason_of
+from fedspine.core.errors import BadInput, listed, nearest, reason_of
 from fedspine.core.task import BUILT_IN_MODELS, Pooling, TaskKind
 from fedspine.lm import attention, gguf_files, vocabulary
 from fedspine.lm.base import Base, HeadLayer
@@ -185,9 +185,11 @@ def locate(name: str) -> str:
         return str(gguf_files.model_folder(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
+            files = sorted(file.name for file in path.iterdir() if gguf_files.is_gguf(file.name))
+            do = f"name one of its .gguf files: {listed(files)}" if files else ""
             raise BadInput(
                 f"{name} has no config.json, so it is no model "
-                "folder; give one that transformers can load"
+                f"folder; {do or 'give one that transformers can load'}"
             )
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")):
