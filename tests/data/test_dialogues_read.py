@@ -39,6 +39,12 @@ CASES = {  # a row, and its messages
         {"instruction": "Sum up.", "context": "A. B.", "response": "AB.", "label": 3},
         (("user", "Sum up.\n\nA. B."), ("assistant", "AB.")),
     ),
+    "prompt and answer": ({"prompt": "Hi", "answer": "Hello."}, ONE),
+    "question and answer": ({"question": "Hi", "answer": "Hello."}, ONE),
+    "as Alpaca": (
+        {"instruction": "Sum up.", "input": "A. B.", "output": "AB."},
+        (("user", "Sum up.\n\nA. B."), ("assistant", "AB.")),
+    ),
     "with an empty context": ({"instruction": "Hi", "context": " ", "response": "Hello."}, ONE),
 }
 
@@ -67,6 +73,12 @@ def test_half_a_dialogue_is_left_out_and_counted(tmp_path):
     data = read(written(tmp_path, rows))
     assert data.left_out == {"no answer": 1, "no prompt": 1}
     assert remarks(data) == ("2 of 10 rows are left out: 1 with no answer, 1 with no prompt",)
+
+
+def test_messages_with_other_keys_are_not_empty_ones(tmp_path):
+    path = written(tmp_path, [{"messages": [{"from": "human", "value": "Hi"}]}] * 5)
+    with pytest.raises(BadInput, match=r"row 1 of the train set, found \[\{.*write a message as"):
+        read(path)
 
 
 @pytest.mark.parametrize(

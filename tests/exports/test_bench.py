@@ -1,11 +1,13 @@
 """The benchmark's numbers: derived ones are checked exactly, measured ones only for their order."""
 
+import sys
+
 import pytest
 import torch
 from tiny_models import LABELS, minilm, model_on, tiny
 
 from fedspine.core.errors import BadInput
-from fedspine.exports.bench import CALLS, bench, compare, random_ids
+from fedspine.exports.bench import CALLS, bench, compare, peak_memory_bytes, random_ids
 from fedspine.exports.hf import export, load_model
 from fedspine.lm.load import load as load_base
 from fedspine.lm.tiny import write_tiny
@@ -73,6 +75,15 @@ def test_peak_memory_is_that_of_the_child(one, two):
     """600 MB held by the measuring process must not show in the process that it starts."""
     # of the same model, alone and beside another: a sixth of what would show
     assert abs(one[0].peak_memory_bytes - two.against.peak_memory_bytes) < 100e6
+
+
+def test_a_child_that_the_kernel_ends_is_bad_input(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(BadInput, match="ended by signal 9; free memory"):
+        peak_memory_bytes(tmp_path, tokens=4)
 
 
 @pytest.mark.parametrize(("name", "room"), [("bert", 130), ("roberta", 129), ("llama", 128)])

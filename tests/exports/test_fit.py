@@ -128,6 +128,7 @@ def test_a_device_kind_is_predicted(ask):
         (("--latency", "5ms", "--formats", "hf,onix"), "did you mean 'onnx'"),
         (("--latency", "5ms", "--formats", "hf,gguf"), "is for language models on decoders"),
         (("--latency", "5ms", "--plot", "x.png"), "plots are SVG"),
+        (("--latency", "5ms", "--plot", "nowhere/x.svg"), "nowhere/x.svg cannot be written"),
         (("--latency", "5ms", "--rows", "nowhere.csv"), "nowhere.csv"),
         (("--latency", "5ms", "--tokens", "9999"), "positions of this model"),
     ],
@@ -168,6 +169,6 @@ def test_without_its_data_a_run_needs_rows(ask, runs, monkeypatch):
 def test_quantities():
     assert quantity("--memory", "256 mib", BYTES) == 256 * 2**20
     assert quantity("--latency", ".5s", SECONDS) == 0.5
-    for bad in ("", "MB", "1e3MB", "nanMB", "1.MB"):
+    for bad in ("", "MB", "1e3MB", "nanMB", "1.MB", "9" * 400 + "GB"):
         with pytest.raises(BadInput):
             quantity("--memory", bad, BYTES)

@@ -20,6 +20,7 @@ from fedspine.methods import find
 from fedspine.runs.assemble import assemble
 from fedspine.ui import chat, cli
 
+POSITIONS = 128  # of the tiny model
 WORDS = ("the", "good", "bad", "small", "very", "not", "of", "to", "in", "is")
 
 
@@ -121,21 +122,61 @@ def test_the_exported_model_answers(result, exported, capsys, monkeypatch):
     with pytest.raises(BadInput, match="shorten it"):
         predicting.answered(loaded, [("user", "good " * 130)], decoding)
 
+    # answers leave half of the positions to the dialogue, unless fewer tokens are asked for
+    assert predicting.decoding_for(loaded, None, 0.0, 0).new_tokens == POSITIONS // 2
+    assert predicting.decoding_for(loaded, POSITIONS - 1, 0.0, 0).new_tokens == POSITIONS - 1
+    with pytest.raises(BadInput, match="has 128 positions .* at most 127"):
+        predict(loaded, ["good"], new_tokens=POSITIONS)
 
-def test_the_command_answers_and_keeps_a_dialogue(exported, capsys, monkeypatch):
-    def said(*arguments, typed=""):
+
+def test_answers_at_the_end_fit_the_positions(place):
+    with pytest.raises(BadInput, match="answer_tokens is 97, .* 96 after a prompt"):
+        run(recipe(place, answer_tokens=97), place / "too-long")
+
+
+@pytest.fixture
+def chatting(exported, capsys, monkeypatch):
+    """A function that gives `fedspine predict` arguments and what is typed: what it wrote, and the
+    lines of its errors.
+    """
+
+    def told(*arguments, typed=b"", code=0, terminal=False):
         words = ["fedspine", "predict", str(exported), *arguments, "--tokens", "5"]
+        stdin = io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8")
+        stdin.isatty = lambda: terminal
         monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(SystemExit) as left:
             cli.main()
-        assert not left.value.code
-        return capsys.readouterr().out
+        assert (left.value.code or 0) == code
+        said = capsys.readouterr()
+        return said.out, said.err.splitlines()
+
+    return told
+
+
+def test_lines_that_cannot_be_read(chatting):
+    """What came before is answered; a terminal's dialogue goes on."""
+    good, _ = chatting("good")
+    assert chatting(typed=b"\xef\xbb\xbfgood\r\n") == (good, [])  # a mark of editors
+    out, (line,) = chatting(typed=b"good\n\xff\xfe\n", code=2)
+    assert out == good and "line 2 of the standard input is not UTF-8" in line
+    out, (line,) = chatting(typed="good".encode("utf-16"), code=2)
+    assert not out and "line 1 of the standard input is not UTF-8" in line
+    _, (line,) = chatting(typed=b"good " * 130 + b"\ngood\n", code=2)
+    assert "shorten it" in line
+    out, (line,) = chatting(typed=b"good " * 130 + b"\n\ngood\n", terminal=True)
+    assert out == f"> > > {good}> \n" and "shorten it" in line
+
+
+def test_the_command_answers_and_keeps_a_dialogue(chatting):
+    def said(*arguments, typed=b""):
+        return chatting(*arguments, typed=typed)[0]
 
     whole = json.loads(said("good", "bad", "--json"))["predictions"]
     texts = [each["answer"] for each in whole]
     assert any(texts)
-    assert said("good", "bad").splitlines() == said(typed="good\n\nbad\n").splitlines()
+    assert said("good", "bad").splitlines() == said(typed=b"good\n\nbad\n").splitlines()
     assert [line.strip() for line in said("good", "bad").splitlines()] == texts
     assert said("bad", "--temperature", "5", "--seed", "1") != said("bad")
 

@@ -48,7 +48,11 @@ def test_drawn_tokens_follow_from_the_seed(module):
     before = torch.random.get_rng_state()
     assert drawn(1) == drawn(1) != drawn(2)
     # so cold that only the likeliest token is left
-    assert drawn(1, 1e-4) == written(module, PROMPTS, Decoding(8), ends=(), padding=0)
+    assert (
+        drawn(1, 1e-4)
+        == drawn(1, 1e-45)
+        == written(module, PROMPTS, Decoding(8), ends=(), padding=0)
+    )
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -128,6 +128,9 @@ def test_a_template_that_fails_names_the_row(tokenizer):
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(BadInput, match="leaves the answer of a row out"):
         encode_dialogues(tokenizer, [asked("of", "to")], 64)
+    tokenizer.chat_template = "{% if messages[-1]['role'] == 'assistant' %}" + EACH + "{% endif %}"
+    with pytest.raises(BadInput, match="nothing before the answer of row 7 of the train set"):
+        encode_dialogues(tokenizer, [failing], 64)
 
 
 def test_tokens_of_another_template_are_stored_for_themselves(tmp_path, monkeypatch, tiny_folder):

@@ -143,6 +143,7 @@ def test_orders_and_results_of_another_depth_are_refused(bench, deep):
         ({"structure": "uniform", "sparsity": 0.4}, "structure is uniform"),
         ({"depths": Lcd(least=4)}, "method.depths.least is 4, but 1 to 3"),
         ({"depths": Lcd(fixed=-1)}, "method.depths.fixed is -1"),
+        ({"depths": Lcd(fixed=2)}, 'method.depths.rule is "barrier-floor"'),
         ({"depths": Lcd(coverage=2.0)}, "method.depths.coverage is 2.0"),
     ],
 )

@@ -279,7 +279,8 @@ def test_own_ranks_save_traffic_of_slow_links(bench):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"rank_difference": 4.0}, "ranks of at least 1"),
+        ({"rank_difference": 4.0}, "at least 1, lower it to 2, or raise method.rank"),
+        ({"depth": 1}, 'method.depth_rule is "barrier-floor".* set method.depth_rule to "fixed"'),
         ({"least_depth": 5}, "1 to 4 blocks"),
         ({"depth": 9}, "0 to 4 blocks"),
         ({"rank": 0}, "method.rank"),

@@ -114,6 +114,8 @@ def test_embedded_recipes_have_names(tmp_path, monkeypatch):
         assert config.load(Path(name)).table() == config.recipe(config.embedded(name)).table()
     with pytest.raises(BadInput, match=r"embedded recipe \(chat, default, demo\), or none"):
         config.load(Path("chatt"))
+    Path("demo").mkdir()  # a folder is no recipe
+    assert config.load(Path("demo")).table() == config.recipe(config.embedded("demo")).table()
     Path("chat").write_text('[task]\ndata = "mine.csv"\n')
     assert config.load(Path("chat")).task.data == "mine.csv"  # a file of the name goes before
 

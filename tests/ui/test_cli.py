@@ -66,6 +66,14 @@ def place(tiny_folder, tmp_path_factory):
     (root / "llama").symlink_to(tiny_folder("llama"))
     (root / "gpt2").mkdir()
     (root / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    for name, sizes in (("flat", {"num_hidden_layers": 0}), ("odd", {"num_key_value_heads": 3})):
+        (root / name).mkdir()
+        config = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 32}
+        (root / name / "config.json").write_text(json.dumps(config | sizes))
+    (root / "files").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (root / "files" / name).write_bytes(b"GGUF")
+    (root / "link").symlink_to(root / "nothing")
     write_csv(root / "rows.csv")
     write_csv(root / "one.csv", labels=("kind",))
     write_csv(root / "few.csv", rows=10)
@@ -159,6 +167,14 @@ BAD_RUNS = {  # what to change in the good job, and what the line must say
     "no model folder": ({"task__model": "{place}/strange"}, ["no config.json"]),
     "long texts": ({"task__max_tokens": 1000}, ["task.max_tokens is 1000", "at most"]),
     "layers": ({"task__layers": 9}, ["task.layers is 9"]),
+    "no layers": ({"task__model": "{place}/flat"}, ["num_hidden_layers = 0", "at least 1"]),
+    "uneven groups": (
+        {"task__model": "{place}/odd"},
+        ["num_attention_heads = 4", "num_key_value_heads = 3 does not divide"],
+    ),
+    "bits": ({"run__frozen_bits": 3}, ["unknown run.frozen_bits '3'", "known: 4, 8"]),
+    "folder of files": ({"task__model": "{place}/files"}, ["a.gguf, b.gguf"]),
+    "large seed": ({"run__seed": 2**63}, ["run.seed is 9223372036854775808", "less than"]),
 }
 
 
@@ -240,13 +256,26 @@ BAD_COMMANDS = {  # arguments, and what the line must say
         "export {place}/run --format onnx --rows {place}/gone.csv --to {place}/x",
         ["gone.csv"],
     ),
+    "export to a link to nothing": ("export {place}/run --to {place}/link", ["exists already"]),
     "export to what exists": ("export {place}/run --to {place}/model", ["exists already"]),
     "predict without a model": ("predict {place}/run good", ["{place}/run"]),
     "predict in no folder": ("predict {place}/x good", ["{place}/x"]),
     "pairs for single texts": ("predict {place}/model good --pair bad", ["got pairs"]),
     "bench without a model": ("bench {place}/run", ["{place}/run"]),
     "bench against no model": ("bench {place}/model --against {place}/run", ["{place}/run"]),
+    "tokens of a label": (
+        "predict {place}/model good --tokens 5",
+        ["--tokens is for language models", "leave it out"],
+    ),
+    "temperature of a label": (
+        "predict {place}/model good --temperature 1",
+        ["--temperature is for language models", "leave it out"],
+    ),
+    "text that is not UTF-8": ("predict {place}/model \udcff", ["text 1 is not UTF-8"]),
+    "large seed": ("predict {place}/model good --seed 9223372036854775808", ["'--seed'"]),
     "predict nothing": ("predict {place}/model", ["no text was given"]),
+    "predict with a folder of files": ("predict {place}/files good", ["a.gguf, b.gguf"]),
+    "more threads than cores": ("bench {place}/model --threads 100000", ["--threads is 100000"]),
     "bench of long rows": ("bench {place}/model --tokens 100000", ["tokens"]),
 }
 

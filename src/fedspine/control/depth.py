@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedspine.control.latency_model import add, coefficients, no_evidence
 from fedspine.core.device import DeviceId
-from fedspine.core.errors import check_ranges
+from fedspine.core.errors import BadInput, check_ranges
 from fedspine.core.fleet import Cost
 
 DepthRule: TypeAlias = Literal["barrier-floor", "align-fastest", "tiers", "fixed"]
@@ -50,6 +50,16 @@ class Lcd:
     def check(self, layers: int) -> None:
         check_ranges(self, {"coverage": (0, 1), "discount": (0, 1)}, "method.depths")
         check_ranges(self, {"least": (1, layers), "fixed": (0, layers)}, "method.depths")
+        check_fixed("method.depths.fixed", self.fixed, "method.depths.rule", self.rule)
+
+
+def check_fixed(name: str, depth: int, rule_name: str, rule: DepthRule) -> None:
+    """Raise BadInput for a depth of all devices where a rule gives each its own."""
+    if depth and rule != "fixed":
+        raise BadInput(
+            f'{name} is {depth}, but {rule_name} is "{rule}", which gives each device a depth; '
+            f'leave {name} out, or set {rule_name} to "fixed"'
+        )
 
 
 Depths: TypeAlias = AllBlocks | Lcd

@@ -77,7 +77,8 @@ def validated(section: str, cls: type, table: Any, *, by_json: bool = False) -> 
             raise said from None  # a part of the recipe has a line of its own
         where = ".".join([section, *(str(part) for part in first["loc"])])
         if first["type"] == "literal_error":
-            choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+            expected = re.split(", | or ", first["ctx"]["expected"])
+            choices = [choice.strip("'") for choice in expected]
             raise unknown(where, str(first["input"]), choices) from None
         if first["type"] == "missing":
             raise BadInput(f"{where} is missing; it must be given") from None

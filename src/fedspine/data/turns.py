@@ -6,6 +6,7 @@ there is no white space between them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from fedspine.core.errors import BadInput
@@ -13,8 +14,18 @@ from fedspine.data.dataset import ANSWERS, Dialogue
 from fedspine.data.parts import FilePart, shown
 
 MESSAGES = "messages"
-PAIRS = (("prompt", "completion"), ("instruction", "response"))
-CONTEXT = "context"  # of an instruction, where there is one
+PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "answer"),
+    ("prompt", "response"),
+    ("instruction", "response"),
+    ("instruction", "output"),
+    ("question", "answer"),
+)
+CONTEXTS = {  # of a prompt, where there is one
+    "instruction": ("context", "input"),
+    "question": ("context",),
+}
 PROMPTS = "user"  # the role of a prompt
 NO_PROMPT, NO_ANSWER = "no prompt", "no answer"  # why a row is left out
 
@@ -26,13 +37,18 @@ def columns(names: Sequence[str]) -> tuple[str, ...]:
     ('prompt', 'completion')
     >>> columns(["instruction", "context", "response", "category"])
     ('instruction', 'response', 'context')
+    >>> columns(["instruction", "input", "output"])
+    ('instruction', 'output', 'input')
     """
     bare = [name.strip() for name in names]
     once = {name for name in bare if bare.count(name) == 1}
     if MESSAGES in once:
         return (MESSAGES,)
-    pair = next((pair for pair in PAIRS if once.issuperset(pair)), ())
-    return (*pair, CONTEXT) if pair == PAIRS[1] and CONTEXT in once else pair
+    pair = next((pair for pair in PAIRS if once.issuperset(pair)), None)
+    if pair is None:
+        return ()
+    contexts = (name for name in CONTEXTS.get(pair[0], ()) if name in once)
+    return (*pair, *islice(contexts, 1))
 
 
 def texts(part: FilePart) -> list[str | None]:
@@ -105,8 +121,8 @@ def refuse_others(part: FilePart, split: str) -> None:
 
 def _in_pairs(part: FilePart) -> list[tuple[Any, Any, Any]]:
     """Prompt, answer and context of each row; the context may be None."""
-    prompt, answer = next(pair for pair in PAIRS if pair[0] in part.columns)
-    contexts = part.columns.get(CONTEXT, [None] * part.rows)
+    prompt, answer, *context = columns(list(part.columns))
+    contexts = part.columns[context[0]] if context else [None] * part.rows
     return list(zip(part.columns[prompt], part.columns[answer], contexts, strict=True))
 
 
@@ -165,7 +181,7 @@ def _bare(value: Any) -> str | None:
 
 
 def _is_one(message: Any) -> bool:
-    return isinstance(message, Mapping)
+    return isinstance(message, Mapping) and not {"role", "content"}.isdisjoint(message)
 
 
 def _content(message: Mapping[str, Any]) -> str:

@@ -92,7 +92,7 @@ def export_adapter(
     """
     folder = Path(folder)
     check_readout(base)
-    _check(folder, model, origin, with_base)
+    _check(folder, base, model, origin, with_base, labels, kind)
     card_facts: dict[str, Any] = {"labels": labels, "kind": kind, "max_tokens": max_tokens}
     card_facts |= {"name": name, "vocabulary": vocabulary}
     with whole_folder(folder) as partial:
@@ -114,15 +114,24 @@ def export_adapter(
     return folder
 
 
-def _check(folder: Path, model: Model, origin: Origin, with_base: bool) -> None:
+def _check(
+    folder: Path,
+    base: Base,
+    model: Model,
+    origin: Origin,
+    with_base: bool,
+    labels: tuple[str, ...],
+    kind: TaskKind,
+) -> None:
     check_new(folder)
     if with_base:
         return
     if not is_full(model.structure):
+        able = hf.is_stock(base, model, labels, kind)
+        whole = "add --with-base to write the pruned base, too, or " if able else ""
         raise BadInput(
-            f"this model is pruned, so its adapter does not fit {origin.name}; add --with-base to "
-            "write the pruned base, too, or use --device dense for the adapter of the unpruned "
-            "model, or --format hf for the merged one"
+            f"this model is pruned, so its adapter does not fit {origin.name}; {whole}use --device "
+            "dense for the adapter of the unpruned model, or --format hf for the merged one"
         )
     if origin.dequantised:
         raise BadInput(

@@ -292,6 +292,11 @@ def peak_memory_bytes(
     done = subprocess.run(
         command, env=os.environ | path, capture_output=True, text=True, check=False
     )
+    if done.returncode < 0:  # such as by the kernel, for want of memory
+        raise BadInput(
+            f"the process that measures the memory of {folder} was ended by signal "
+            f"{-done.returncode}; free memory, or use fewer tokens or rows"
+        )
     if done.returncode != 0:
         raise RuntimeError(f"measuring memory failed: {done.stderr.strip()[-300:]}")
     return int(done.stdout.split()[-1])

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import pydantic
 
-from fedspine.core.errors import BadInput
+from fedspine.core.errors import BadInput, listed
 from fedspine.core.task import Pooling, TaskKind
 from fedspine.exports.provenance import Provenance
 from fedspine.lm.structure import StructureKind
@@ -143,6 +143,11 @@ def read_card(folder: Path) -> Card:
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one that `fedspine export` wrote")
     if not (folder / CONFIG).is_file():
+        if files := sorted(file.name for file in folder.iterdir() if file.suffix == ".gguf"):
+            raise BadInput(
+                f"{folder} is not an exported model, but holds .gguf files; name one of them: "
+                f"{listed(files)}"
+            )
         raise BadInput(
             f"{folder} has no {CONFIG}, so it is not an exported model; write one with `fedspine "
             "export`"

@@ -129,6 +129,12 @@ def export(
     return folder
 
 
+def is_stock(base: Base, model: Model, labels: tuple[str, ...], kind: TaskKind) -> bool:
+    """Whether stock transformers could load an export of this model."""
+    tensors = merged_tensors(base, model, merge=False)
+    return _config(base, model.structure, tensors, labels, kind)[1]
+
+
 def _check(base: Base, folder: Path, labels: tuple[str, ...], kind: TaskKind) -> None:
     check_new(folder)
     if base.precision is not torch.float32:

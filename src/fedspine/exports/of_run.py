@@ -5,6 +5,7 @@ Everything about the model comes from the run, except the base's weights, which 
 the run was made with.
 """
 
+import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ def export_model(
     """
     options = ExportOptions(with_base, base, quantize, rows, parity)
     check_options(format, options)
-    if to.exists():
+    if os.path.lexists(to):  # a link to nothing, too
         raise BadInput(f"{to} exists already; name a new folder with --to")
     check_device(device, device_ids_of(folder))
     recipe = recipe_of(folder)
@@ -267,8 +268,8 @@ def check_options(format: str, options: ExportOptions) -> None:
         raise BadInput(f"--quantize is for --format {able}, not {format}; leave one of them out")
     if not options.parity and known is not None:
         raise BadInput(
-            f"--no-parity is for --format hf and peft; a {format} export is always compared, so "
-            "leave it out"
+            f"--no-parity is for --format hf and peft; exports of --format {format} are always "
+            "compared, so leave it out"
         )
     if not options.parity and options.rows is not None:
         raise BadInput(

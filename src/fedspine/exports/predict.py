@@ -75,7 +75,8 @@ def predict(
     loss; a continuation starts from its last tokens and has at most `new_tokens` (None: 40). A text
     to be continued has no end token, so none counts in its loss. Decoding is greedy at temperature
     0, else tokens are sampled with `seed`. Raises BadInput for missing, unexpected or unequally
-    many second texts, and for rows of another shape or type.
+    many second texts, for texts that are not valid Unicode, for more new tokens than the model has
+    positions, and for rows of another shape or type.
     """
     if isinstance(loaded, LoadedNet):
         return _labelled_rows(loaded, texts)
@@ -93,12 +94,23 @@ def predict(
         )
     if not texts:
         return []
+    _check_unicode(texts, "text")
+    _check_unicode(pairs or (), "second text")
     if loaded.kind == "causal-lm":
         decoding = decoding_for(loaded, new_tokens, temperature, seed)
         if loaded.chat:
             return [answered(loaded, [("user", text)], decoding) for text in texts]
         return [_continued(loaded, text, decoding) for text in texts]
     return _labelled(loaded, _encoded(loaded, texts, pairs))
+
+
+def _check_unicode(texts: Sequence[str], what: str) -> None:
+    """Raise BadInput for a text with half a character, such as an argument that is not UTF-8."""
+    for number, text in enumerate(texts, start=1):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"{what} {number} is not UTF-8; write it again") from None
 
 
 def _labelled_rows(net: LoadedNet, rows: Any) -> list[Prediction]:
@@ -148,9 +160,26 @@ def _labelled(loaded: Loaded, examples: Examples) -> list[Prediction]:
 
 
 def decoding_for(loaded: Loaded, new_tokens: int | None, temperature: float, seed: int) -> Decoding:
-    """The decoding settings; without `new_tokens`, the default for this kind of model."""
-    usual = ANSWER_TOKENS if loaded.chat else NEW_TOKENS
+    """The decoding settings; without `new_tokens`, the default for this kind of model, or half of
+    its positions if they are fewer.
+
+    Raises BadInput for more new tokens than the model has positions for besides a prompt.
+    """
+    room = positions(loaded.module.config)
+    if new_tokens is not None and new_tokens >= room:
+        raise BadInput(
+            f"{new_tokens:,} new tokens were asked for, but this model has {room:,} positions for "
+            f"a text and what it adds; ask for at most {room - 1:,}"
+        )
+    usual = min(ANSWER_TOKENS if loaded.chat else NEW_TOKENS, max(1, room // 2))
     return Decoding(new_tokens or usual, temperature, seed)
+
+
+def only_for_language(folder: Any, new_tokens: int | None, temperature: float) -> None:
+    """Raise BadInput for settings of decoding, which a classifier in `folder` would ignore."""
+    given = {"--tokens": new_tokens is not None, "--temperature": temperature > 0}
+    for option in (name for name, stated in given.items() if stated):
+        raise BadInput(f"{option} is for language models, and {folder} labels rows; leave it out")
 
 
 def answered(
@@ -162,7 +191,8 @@ def answered(
     `streamer` is one of transformers, called with each new token. Raises BadInput for a last
     message that is too long.
     """
-    room = max(1, positions(loaded.module.config) - decoding.new_tokens)
+    _check_unicode([content for _, content in messages[-1:]], "message")
+    room = positions(loaded.module.config) - decoding.new_tokens
     ids = prompt_ids(loaded.tokenizer, messages)
     while len(ids) > room and len(messages) > 2:
         messages = messages[2:]
@@ -170,7 +200,7 @@ def answered(
     if len(ids) > room:
         raise BadInput(
             f"the text has {len(ids):,} tokens, and this model reads {room:,} before an answer of "
-            f"{decoding.new_tokens:,}; shorten it"
+            f"{decoding.new_tokens:,}; shorten it, or ask for fewer new tokens"
         )
     ends = _ends(loaded, end_of_answers(loaded.tokenizer))
     padding = loaded.tokenizer.pad_token_id
@@ -183,7 +213,7 @@ def _continued(loaded: Loaded, text: str, decoding: Decoding) -> Continued:
     examples = _encoded(loaded, [text], None)
     score = score_module(loaded.module, examples)
     # within the model's positions
-    room = max(1, positions(loaded.module.config) - decoding.new_tokens)
+    room = positions(loaded.module.config) - decoding.new_tokens
     prompt = _last(examples, min(loaded.max_tokens, room))
     ends = _ends(loaded)
     padding = loaded.tokenizer.pad_token_id

@@ -11,7 +11,7 @@ from fedspine.core.errors import BadInput
 
 def check_new(folder: Path) -> None:
     """Raise BadInput if `folder` exists, before any work on its content."""
-    if folder.exists():
+    if os.path.lexists(folder):  # a link to nothing, too
         raise BadInput(f"{folder} exists already; choose a new folder, or remove it first")
 
 

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+# at a lower temperature the likeliest token is taken: a logit that is 0.001 larger is e^1000 times
+# as likely, and dividing by still less would not be finite
+LOWEST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -47,7 +51,7 @@ def written(
     # padding comes before a prompt, so that all go on at the same place
     ids = torch.tensor([[padding] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    drawn = decoding.temperature > 0
+    drawn = decoding.temperature >= LOWEST_TEMPERATURE
     chosen = {"temperature": decoding.temperature, "top_k": 0, "top_p": 1.0} if drawn else {}
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(decoding.seed)

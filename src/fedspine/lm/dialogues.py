@@ -51,6 +51,9 @@ def encode_dialogues(tokenizer: Any, dialogues: Sequence[Dialogue], max_tokens: 
     flat = [turn for of_one in turns for turn in of_one]
     prompts = _ids(tokenizer, [turn.prompt for turn in flat])
     wholes = _ids(tokenizer, [turn.prompt + turn.answer for turn in flat])
+    _check_prompts(
+        prompts, [one.where for one, of in zip(dialogues, turns, strict=True) for _ in of]
+    )
     rows, counted, sources, place = [], [], [], 0
     for source, of_one in enumerate(turns):
         coded: list[tuple[list[int], list[bool]]] = []
@@ -87,7 +90,19 @@ def text_of(tokenizer: Any, dialogue: Dialogue) -> str:
 def prompt_ids(tokenizer: Any, messages: Messages, where: str = "the dialogue") -> list[int]:
     """The tokens that ask for the next answer, as they come before it in training."""
     settle_template(tokenizer)
-    return _ids(tokenizer, [_rendered(tokenizer, messages, where, asks=True)])[0]
+    found = _ids(tokenizer, [_rendered(tokenizer, messages, where, asks=True)])
+    _check_prompts(found, [where])
+    return found[0]
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], places: Sequence[str]) -> None:
+    """Raise BadInput for a prompt without a token, to which no model can answer."""
+    for ids, where in zip(prompts, places, strict=True):
+        if not ids:
+            raise BadInput(
+                f"the chat template writes nothing before the answer of {where}, or no token that "
+                "the tokenizer knows; correct the row or the template"
+            )
 
 
 def end_of_answers(tokenizer: Any) -> int | None:

@@ -24,6 +24,31 @@ NAMED = 3  # entries of a tokenizer or layers of a checkpoint that a message lis
 # any of them makes a folder one with a tokenizer; slow and fast ones of all known architectures
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab*", "tekken.json", "*.tiktoken")
 
+# of a configuration, whatever the architecture calls them
+SIZES = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "hidden_dim", "vocab_size", "max_position_embeddings"),
+)
+
+
+def check_sizes(name: str, config: Any) -> None:
+    """Raise BadInput for a configuration of no possible model, of which `transformers` builds an
+    empty one, or fails somewhere inside.
+    """
+    sizes = {size: found for size in SIZES if (found := getattr(config, size, None)) is not None}
+    for size, found in sizes.items():
+        if found < 1:
+            raise BadInput(
+                f"config.json of {name} has {size} = {found}, but at least 1 was expected; take "
+                "the model's own config.json"
+            )
+    heads, groups = config.num_attention_heads, sizes.get("num_key_value_heads", 1)
+    if heads % groups:
+        raise BadInput(
+            f"config.json of {name} has num_attention_heads = {heads}, which "
+            f"num_key_value_heads = {groups} does not divide; take the model's own config.json"
+        )
+
 
 def check_folder(name: str, source: str) -> None:
     """Raise BadInput for a model folder without a tokenizer; a Hub id passes.
@@ -134,6 +159,24 @@ def _has_equal_row(rows: Float[Tensor, "entries width"], one: int) -> bool:
 def longest_input(config: Any, tokenizer: Any) -> int:
     """Tokens of the longest row that the model can read."""
     return min(positions(config), tokenizer.model_max_length)
+
+
+def check_lengths(
+    name: str, config: Any, longest: int, max_tokens: int, answer_tokens: int
+) -> None:
+    """Raise BadInput for rows longer than the `longest` that the model `name` reads, and for
+    answers (0: none) that do not fit its positions after a prompt.
+    """
+    if max_tokens > longest:
+        raise BadInput(
+            f"task.max_tokens is {max_tokens}, but {name} reads at most {longest}; lower it"
+        )
+    room = positions(config) - max_tokens
+    if answer_tokens > room:
+        raise BadInput(
+            f"run.answer_tokens is {answer_tokens}, but {name} has {positions(config)} positions, "
+            f"{room} after a prompt of task.max_tokens = {max_tokens}; lower one of them"
+        )
 
 
 def positions(config: Any) -> int:

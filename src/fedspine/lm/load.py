@@ -17,11 +17,18 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fedspine.core.errors import BadInput, nearest, reason_of
+from fedspine.core.errors import BadInput, listed, nearest, reason_of
 from fedspine.core.task import BUILT_IN_MODELS, Pooling, TaskKind
 from fedspine.lm import attention, gguf_files, vocabulary
 from fedspine.lm.base import Base, HeadLayer
-from fedspine.lm.fits import check_complete, check_finite, check_folder, check_tokenizer, settle_end
+from fedspine.lm.fits import (
+    check_complete,
+    check_finite,
+    check_folder,
+    check_sizes,
+    check_tokenizer,
+    settle_end,
+)
 from fedspine.lm.pooling import HEAD, built, pooling_of, readout_of, stock_class
 from fedspine.lm.prunable_layout import held_in, layout_of, unit_map
 
@@ -88,6 +95,7 @@ def config_of(name: str, source: str, *, kind: TaskKind, layers: int | None, **o
     """
     config = read(name, AutoConfig.from_pretrained, source, **options)
     names = unit_map(config.model_type)
+    check_sizes(name, config)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise BadInput(
@@ -177,9 +185,11 @@ def locate(name: str) -> str:
         return str(gguf_files.model_folder(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
+            files = sorted(file.name for file in path.iterdir() if gguf_files.is_gguf(file.name))
+            do = f"name one of its .gguf files: {listed(files)}" if files else ""
             raise BadInput(
                 f"{name} has no config.json, so it is no model "
-                "folder; give one that transformers can load"
+                f"folder; {do or 'give one that transformers can load'}"
             )
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")):

@@ -16,6 +16,7 @@ from fedspine.control.depth import (
     DepthPlan,
     DepthPlanner,
     DepthRule,
+    check_fixed,
     rising_ranks,
     timed,
 )
@@ -151,6 +152,7 @@ class Legend(LocalTraining):
         check_ranges(self, {"coverage": (0, 1), "discount": (0, 1)})
         check_rank("method.rank", (self.rank,), task.base.layout)
         check_depth(self.depth, task.base.layout)
+        check_fixed("method.depth", self.depth, "method.depth_rule", self.depth_rule)
         check_least_depth(self.least_depth, task.base.layout)
         if self.probe_batches < 0:
             raise BadInput(
@@ -160,8 +162,9 @@ class Legend(LocalTraining):
         if lowest_rank < 1:
             raise BadInput(
                 f"method.rank_difference is {self.rank_difference}, so that with method.rank = "
-                f"{self.rank} the lowest of {layers} blocks has rank {lowest_rank:g}; give ranks "
-                "of at least 1"
+                f"{self.rank} the lowest of {layers} blocks has rank {lowest_rank:g}; for ranks of "
+                f"at least 1, lower it to {2 * (self.rank - 1) / max(1, layers - 1):.3g}, or raise "
+                "method.rank"
             )
         check_rank("method.rank_difference", self._ranks(layers), task.base.layout)
         check_tuning(self)

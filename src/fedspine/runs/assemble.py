@@ -25,7 +25,7 @@ from fedspine.fleets.semi_async import SemiAsync
 from fedspine.fleets.simulated import SimulatedFleet, profiles
 from fedspine.fleets.simulated_world import World
 from fedspine.lm.dialogues import settle_template
-from fedspine.lm.fits import longest_input
+from fedspine.lm.fits import check_lengths, longest_input
 from fedspine.lm.frozen import needs_torchao
 from fedspine.lm.load import load as load_model
 from fedspine.lm.packing import packed
@@ -175,12 +175,8 @@ def build_task(recipe: Recipe, data: Dataset, *, kept: Path | None = None) -> tu
     if section.kind == "array":
         return _array_task(recipe, data), None
     base, tokenizer = load_base(recipe, len(data.label_names), kept=kept)
-    longest = longest_input(base.config, tokenizer)
-    if section.max_tokens > longest:
-        raise BadInput(
-            f"task.max_tokens is {section.max_tokens}, but "
-            f"{section.model} reads at most {longest}; lower it"
-        )
+    longest, answer = longest_input(base.config, tokenizer), recipe.run.tokens_answered
+    check_lengths(section.model, base.config, longest, section.max_tokens, answer)
     if data.train.dialogues is not None:
         settle_template(tokenizer)
     train, test = _encoded(recipe, data, base, tokenizer)

@@ -189,7 +189,7 @@ def load(path: Path | None, settings: list[str] | None = None, seed: int | None 
     overlay = _settings(settings or [])
     if seed is not None:
         overlay.setdefault("run", {})["seed"] = seed
-    if path is None or (str(path) in EMBEDDED and not path.exists()):
+    if path is None or (str(path) in EMBEDDED and not path.is_file()):
         tables = embedded("default" if path is None else str(path))
         return anchored(recipe(_laid_over(_without_tuned_values(tables, overlay), overlay)))
     known = ", ".join(EMBEDDED)

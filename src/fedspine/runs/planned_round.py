@@ -18,7 +18,7 @@ from fedspine.core.task import BUILT_IN_DATA, Examples, Task, row_tokens
 from fedspine.data.pydocs import TOPICS
 from fedspine.fleets.planned import Planned, PlannedExchange, PlannedFleet, Prices, Quote
 from fedspine.fleets.simulated import profiles
-from fedspine.lm.fits import positions
+from fedspine.lm.fits import check_lengths, positions
 from fedspine.lm.tuning import HeadTraining
 from fedspine.lm.weightless import Weightless
 from fedspine.lm.weightless import load as load_base
@@ -129,11 +129,8 @@ def _task(recipe: Recipe, classes: int) -> Task:
         pooling=section.pooling,
         bits=recipe.run.frozen_bits,
     )
-    if section.max_tokens > (longest := positions(base.config)):
-        raise BadInput(
-            f"task.max_tokens is {section.max_tokens}, but {section.model} reads at most "
-            f"{longest}; lower it"
-        )
+    longest, answer = positions(base.config), recipe.run.tokens_answered
+    check_lengths(section.model, base.config, longest, section.max_tokens, answer)
     tokens = row_tokens(base.pooling, section.max_tokens)
     rows = _rows(recipe, 1, tokens)
     return Task(

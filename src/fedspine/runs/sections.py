@@ -25,6 +25,7 @@ Epsilon: TypeAlias = Annotated[
     pydantic.BeforeValidator(_infinite),
     pydantic.PlainSerializer(lambda value: "inf" if value == math.inf else value),
 ]
+LARGEST_SEED = 2**63 - 1  # that all generators take
 FLEET = "fleet"  # where devices count their own tokens
 
 
@@ -139,7 +140,7 @@ class RunSection(Section):
     rounds: int = pydantic.Field(24, ge=1)
     # of the fleet's clock after which no round begins; 0: no limit
     seconds: float = pydantic.Field(0.0, ge=0)
-    seed: int = pydantic.Field(0, ge=0)
+    seed: int = pydantic.Field(0, ge=0, le=LARGEST_SEED)
     # of the frozen base; auto: the faster one here
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # of a frozen weight of a transformer's blocks on devices; none: as `precision` says
@@ -158,6 +159,11 @@ class RunSection(Section):
     # devices trained in one batched pass; 0: 1 on a CPU, 32 on a GPU
     together: int = pydantic.Field(0, ge=0)
     references: bool = True  # whether simple yardsticks stand beside the results
+
+    @property
+    def tokens_answered(self) -> int:
+        """Tokens of an answer at the end at most; 0 without answers."""
+        return self.answer_tokens if self.answers else 0
 
     def final_rows_of(self, rows: int) -> int:
         """Of a test set of so many rows, those that are scored at the end."""

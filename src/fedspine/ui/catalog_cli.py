@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fedspine
+from fedspine.core.errors import one_line
 from fedspine.ui.options import Json, print_table
 
 
@@ -25,7 +26,7 @@ def methods(
 
     found = {
         name: {
-            "what": (sys.modules[cls.__module__].__doc__ or cls.__name__).strip().splitlines()[0],
+            "what": one_line(_said_of(cls).strip().split("\n\n")[0]),
             "package": packages().get(name, f"fedspine {fedspine.__version__}"),
             "settings": {
                 field.name: parts.table_of(field.default) for field in dataclasses.fields(cls)
@@ -84,6 +85,10 @@ def devices(json: Json = False) -> None:
         )
     Console().print(table)
     print(f"links: four Wi-Fi groups of mean {', '.join(f'{mbps:g}' for mbps in GROUP_MBPS)} Mb/s")
+
+
+def _said_of(cls: type) -> str:
+    return sys.modules[cls.__module__].__doc__ or cls.__name__
 
 
 def _lines(settings: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import TextStreamer
 
+from fedspine.core.errors import BadInput
 from fedspine.data.dataset import ANSWERS
 from fedspine.exports.load import Loaded
 from fedspine.exports.predict import answered
@@ -20,21 +21,34 @@ def answer_each(loaded: Loaded, texts: Sequence[str], decoding: Decoding) -> Non
 
 
 def converse(loaded: Loaded, lines: Iterable[str], decoding: Decoding) -> None:
-    """Answer line after line, each with all that was said before; an empty line begins anew."""
+    """Answer line after line, each with all that was said before; an empty line begins anew.
+
+    At a terminal, a message that cannot be answered is refused, and the dialogue goes on.
+    """
     said: list[tuple[str, str]] = []
     for line in lines:
         if not line.strip():
             said = []
             continue
-        said.append((ASKS, line.rstrip("\n")))
-        answer = answered(loaded, said, decoding, _shown(loaded)).answer
-        said.append((ANSWERS, answer))
+        asked = [*said, (ASKS, line.rstrip("\r\n"))]
+        try:
+            answer = answered(loaded, asked, decoding, _shown(loaded)).answer
+        except BadInput as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"fedspine: {error}", file=sys.stderr)
+            continue
+        said = [*asked, (ANSWERS, answer)]
 
 
 def lines_of_user() -> Iterator[str]:
-    """The lines of the standard input; in a terminal each after a prompt."""
+    """The lines of the standard input; in a terminal each after a prompt.
+
+    Raises BadInput for a line that is not UTF-8.
+    """
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        for number, line in enumerate(sys.stdin.buffer, start=1):
+            yield _decoded(line, number)
         return
     while True:
         try:
@@ -42,6 +56,18 @@ def lines_of_user() -> Iterator[str]:
         except EOFError:
             print()
             return
+        except UnicodeDecodeError:
+            print("fedspine: this line is not UTF-8; write it again", file=sys.stderr)
+
+
+def _decoded(line: bytes, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")  # editors mark a file's begin
+    except UnicodeDecodeError:
+        raise BadInput(
+            f"line {number} of the standard input is not UTF-8; give one message per line, as "
+            "UTF-8 text"
+        ) from None
 
 
 def _shown(loaded: Loaded) -> TextStreamer:

@@ -53,6 +53,8 @@ for command in (
 
 def main() -> None:
     """Run the command line; every expected failure becomes one line and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # not everything that stands in for it has it
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that it cannot hold
     try:
         _none_empty(sys.argv[1:])
         sys.exit(app(prog_name="fedspine", standalone_mode=False))

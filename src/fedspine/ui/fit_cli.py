@@ -2,9 +2,11 @@
 
 import dataclasses
 import json as jsonlib
+import os
 import re
 import sys
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,6 +81,8 @@ def fit(
     )
     if plot is not None and plot.suffix != ".svg":
         raise BadInput(f"--plot {plot} was given, but plots are SVG; name a file ending in .svg")
+    if plot is not None and (plot.is_dir() or not os.access(plot.parent, os.W_OK)):
+        raise BadInput(f"--plot {plot} cannot be written; name a file in a folder of yours")
     progress = progress_for(json)
     try:
         fits = find(folders, query, progress.stage)
@@ -102,7 +106,7 @@ def quantity(option: str, text: str, units: dict[str, float]) -> float:
     parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)\s*", text)
     known = {name.lower(): factor for name, factor in units.items()}
     example = "256MB" if units is BYTES else "50ms"
-    if parts is None or parts[2].lower() not in known or not float(parts[1]):
+    if parts is None or parts[2].lower() not in known or not 0 < float(parts[1]) < inf:
         raise BadInput(
             f"{option} {text!r} was given, but a positive number with one of the units "
             f"{', '.join(units)} was expected, such as {option} {example}"

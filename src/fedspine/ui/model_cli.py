@@ -4,7 +4,7 @@ import dataclasses
 import json as jsonlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -129,7 +129,7 @@ def predict(
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0: greedy decoding.", min=0)
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**63 - 1)] = 0,
     rows: Annotated[
         str | None,
         typer.Option(
@@ -150,13 +150,15 @@ def predict(
 ) -> None:
     """Label, continue or answer texts with an exported model, or label rows of arrays."""
     from fedspine.exports.hf import load_model
-    from fedspine.exports.loaded import READ_BACK, LoadedNet
-    from fedspine.exports.predict import decoding_for
+    from fedspine.exports.loaded import LoadedNet
+    from fedspine.exports.predict import decoding_for, only_for_language
     from fedspine.exports.predict import predict as ask
     from fedspine.storage.records import plain
     from fedspine.ui.chat import answer_each, converse, lines_of_user
 
     loaded = load_model(folder)
+    if loaded.kind != "causal-lm":
+        only_for_language(folder, tokens, temperature)
     if isinstance(loaded, LoadedNet):
         from fedspine.ui.rows import print_labels
 
@@ -172,21 +174,19 @@ def predict(
             f"--rows and --row are for nets on arrays, and {folder} reads texts; give texts after "
             "the folder"
         )
-    if loaded.runtime == READ_BACK:
-        from fedspine.exports.llama_cpp import EXTRA
-
-        print(f"computed by {loaded.runtime}; for llama.cpp itself {EXTRA}", file=sys.stderr)
-    decoding = decoding_for(loaded, tokens, temperature, seed)
     if loaded.chat and not json and not pair:
+        decoding = decoding_for(loaded, tokens, temperature, seed)
         if texts:
             answer_each(loaded, texts, decoding)
         else:
             converse(loaded, lines_of_user(), decoding)
+        _say_runtime(loaded)
         return
     if not texts:
         raise BadInput("no text was given; give at least one text after the folder")
     predictions = ask(loaded, texts, pair, new_tokens=tokens, temperature=temperature, seed=seed)
     found = [dataclasses.asdict(prediction) for prediction in predictions]
+    _say_runtime(loaded)
     if json:
         print(jsonlib.dumps(plain({"predictions": found})))
         return
@@ -197,6 +197,17 @@ def predict(
             *(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in entry.values()),
         )
     Console().print(table)
+
+
+def _say_runtime(loaded: Any) -> None:
+    """A line if not llama.cpp computed a GGUF file; after the results, since of bad input nothing
+    else is printed than what is wrong.
+    """
+    from fedspine.exports.llama_cpp import EXTRA
+    from fedspine.exports.loaded import READ_BACK
+
+    if loaded.runtime == READ_BACK:
+        print(f"computed by {loaded.runtime}; for llama.cpp itself {EXTRA}", file=sys.stderr)
 
 
 @ends_on_signal()

@@ -8,6 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedspine.core.errors import BadInput
+from fedspine.core.process import cores
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 SettingsOption = Annotated[
     list[str] | None,
@@ -22,7 +25,18 @@ Reference = Annotated[
     Path | None,
     typer.Option(metavar="RUN", help="Unpruned run of the same data, seed and budget."),
 ]
-Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
+
+
+def _of_machine(threads: int) -> int:
+    if threads > cores():  # with thousands of them, libraries crash
+        raise BadInput(
+            f"--threads is {threads}, but this process may use {cores()} cores; give at most so "
+            "many, as more would only wait for each other"
+        )
+    return threads
+
+
+Threads = Annotated[int, typer.Option(help="CPU threads.", min=1, callback=_of_machine)]
 ModelFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder that `fedspine export` made.")
 ]
