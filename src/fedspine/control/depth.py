@@ -112,10 +112,9 @@ class DepthPlanner:
         chosen = settled(chosen, np.minimum(last, largest), known.seconds)
         at = np.arange(len(devices)), chosen
         ranks = self._fitted(known, chosen) if self.fit_ranks else []
-        # the share of its traffic that a device keeps with its own ranks
-        kept = np.array(
-            [sum(own) / sum(self._tail(k)) for k, own in zip(chosen, ranks, strict=False)] or 1.0
-        )
+        kept = np.ones(len(devices))  # the share of its traffic that a device has with its ranks
+        for place, own in enumerate(ranks):
+            kept[place] = sum(own) / sum(self._tail(chosen[place]))
         seconds = known.seconds[at] - (1 - kept) * known.sending[at]
         variance = known.computing_variance[at] + kept**2 * known.sending_variance[at]
         return DepthPlan(
