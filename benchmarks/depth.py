@@ -151,7 +151,9 @@ def lcd() -> list[float]:
     """Seconds of each choice of depths for a fleet whose devices were all timed."""
     import numpy as np
 
-    from fedspine.control.depth import DepthPlanner, features, observed, rising_ranks
+    from fedspine.control.depth import DepthPlanner, rising_ranks
+    from fedspine.control.device_times import timed
+    from fedspine.core.fleet import Cost
 
     rng, layers = np.random.default_rng(0), FULL.depth
     planner = DepthPlanner(
@@ -168,8 +170,11 @@ def lcd() -> list[float]:
         costs = rng.uniform(1, 20, 3)  # seconds of forward pass, backward pass and traffic
         seen = None
         for depth in (2, 4, 6):
-            now = features(1.0, depth, layers, depth / layers)
-            seen = observed(seen, now, float(costs @ now), 0.8)
+            computing, bytes_each = costs[0] + costs[1] * depth / layers, depth * 10**5
+            seconds = computing + costs[2] * depth / layers
+            cost = Cost(bytes_each, bytes_each, 0.0, 0, seconds, computing)
+            how = {"depth": depth, "layers": layers, "full_bytes": 2e5 * layers, "discount": 0.8}
+            seen = timed(seen, cost, **how)
         times[f"d{device}"] = seen
     before, most = dict.fromkeys(times, 4), dict.fromkeys(times, layers)
     return [_seconds(lambda: planner.plan(times, before, most)) for _ in range(PLANS)]

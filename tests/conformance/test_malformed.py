@@ -197,7 +197,7 @@ def test_no_order_is_more_than_refused_by_a_device(name, rounds, cases, reached)
 
 COST = SiteAnswer(
     result=np.zeros(0, np.uint8), flops=1.0, launches=1, samples=1, peak_memory_bytes=1,
-    epsilon=1.0, noise=1.0,
+    compute_seconds=1.0, epsilon=1.0, noise=1.0,
 )  # fmt: skip
 
 

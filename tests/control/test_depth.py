@@ -4,17 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import ridge
 
-from fedspine.control.depth import (
-    DepthPlanner,
-    choose_depths,
-    features,
-    own_ranks,
-    rising_ranks,
-    round_seconds,
-)
+from fedspine.control.depth import DepthPlanner, choose_depths, own_ranks, rising_ranks
+from fedspine.control.device_times import timed
 from fedspine.control.latency_model import add, coefficients, no_evidence
+from fedspine.core.fleet import Cost
 
 RULES = ("barrier-floor", "align-fastest", "tiers", "fixed")
 
@@ -46,6 +40,14 @@ def fleet(seed=0, devices=80, layers=12):
     costs = np.stack([30 * forward, 30 * forward, link], 1)
     traffic = np.arange(layers + 1) / layers
     return round_seconds(costs, traffic)
+
+
+def round_seconds(costs, traffic):
+    """Seconds [devices, depths] of a forward and a backward pass of all blocks and of their traffic
+    [devices, 3], where each depth's `traffic` is a share of it.
+    """
+    depths = np.linspace(0, 1, len(traffic))
+    return costs @ np.stack([np.ones_like(traffic), depths, traffic])
 
 
 def chosen(rule, seconds, *, most=None, ranks=None, least=1, coverage=0.1, fixed=6):
@@ -118,16 +120,6 @@ def test_a_block_that_memory_forbids_to_all_is_not_waited_for() -> None:
     assert depths.max() == 3
 
 
-def test_times_are_learnt_from_rounds_and_probes() -> None:
-    truth, layers = np.array([3.0, 2.0, 0.5]), 6
-    evidence = no_evidence()
-    for work, depth in ((0.2, 2), (0.2, 4), (1.0, 3), (1.0, 6)):
-        seen = features(work, depth, layers, depth / layers + 0.1)
-        evidence = add(evidence, seen, float(seen @ truth), discount=0.8)
-    found = coefficients(evidence, evidence)
-    assert np.linalg.norm(found - truth) <= ridge(evidence, truth)
-
-
 def test_own_ranks_fit_the_link() -> None:
     ranks = (6, 8, 8, 10)
     assert own_ranks(ranks, 3, 0.1, 100.0) == (8, 8, 10)
@@ -140,11 +132,12 @@ def test_a_device_with_a_slow_link_cuts_its_ranks_to_be_done_with_half_of_the_de
     traffic = np.arange(5) / 4
     times = {}
     for device, link in links.items():
-        times[device] = no_evidence()
         for work, depth in ((0.2, 2), (0.2, 4), (1.0, 1), (1.0, 4)):
-            seen = features(work, depth, 4, traffic[depth])
-            seconds = float(seen @ [4.0, 4.0, link])
-            times[device] = add(times[device], seen, seconds, 1.0)
+            computing, sending = 4.0 * work * (1 + depth / 4), link * traffic[depth]
+            bytes_each = int(4e5 * traffic[depth])
+            cost = Cost(bytes_each, bytes_each, 0.0, 0, computing + sending, computing)
+            how = {"depth": depth, "layers": 4, "full_bytes": 8e5, "discount": 1.0}
+            times[device] = timed(times.get(device), cost, work=work, **how)
     settings = {"rule": "fixed", "ranks": (4, 6, 8, 10), "traffic": traffic, "fixed": 4}
     common, own = (
         DepthPlanner(**settings, least=1, coverage=0.0, fit_ranks=fit).plan(
@@ -168,7 +161,7 @@ def test_a_stack_of_devices_has_the_coefficients_of_each() -> None:
     for rounds in (0, 1, 2, 5, 9):  # none, too few, and enough to tell the three apart
         own, costs = no_evidence(), rng.uniform(0, 20, 3) * [1, 1, rounds != 5]
         for _ in range(rounds):
-            seen = features(1.0, int(rng.integers(1, 7)), 6, rng.random())
+            seen = np.array([1.0, rng.integers(1, 7) / 6, rng.random()])
             own = add(own, seen, float(seen @ costs), discount=0.8)
         evidence.append(own)
     everybody = sum(evidence, no_evidence())

@@ -90,7 +90,10 @@ def test_the_same_order_has_the_same_answer_and_counts_once(hostile):
     site.worker = SiteWorker(site.site, site.folder)
     site.opened("fedlora")
     again = [answered(site, tune_adapter, order) for order in reversed(orders)]
-    assert [pack(each).payload for each in again[::-1]] == [pack(each).payload for each in came]
+    # but for the seconds, which the second answer took anew
+    came, again = ([pack(replace(a, compute_seconds=0.0)).payload for a in each]
+                   for each in (came, again[::-1]))  # fmt: skip
+    assert again == came
 
 
 def test_answers_with_unlike_shares_of_noise_never_share_its_draws(hostile):

@@ -1,14 +1,8 @@
 """LoRA depth and ranks for every device, from the times that rounds took: LEGEND's control.
 
 LEGEND (reconstructed), sections 6 to 9; arXiv:2412.20004. The depth of a device is the number of
-blocks with an adapter, counted from the output. A round of depth k takes
-
-    seconds = a * work + b * work * k / layers + c * bytes / full bytes,
-
-where a is the forward pass of all blocks, b the backward pass of all, c the traffic of a device
-that trains all; `work` is 1 for a whole round and less for a probe of a few batches. A device
-reports how long it took, so the three are fitted as `latency_model` does it: by recursive least
-squares with forgetting, where what a device's own rounds leave open comes from the fleet.
+blocks with an adapter, counted from the output. What a round of each depth takes is estimated in
+`device_times`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +12,9 @@ from typing import ClassVar, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedspine.control.latency_model import add, coefficients, no_evidence
+from fedspine.control.device_times import DeviceTimes, Expected, expected, median_of_longest
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput, check_ranges
-from fedspine.core.fleet import Cost
 
 DepthRule: TypeAlias = Literal["barrier-floor", "align-fastest", "tiers", "fixed"]
 
@@ -71,11 +64,15 @@ KEEP_WITHIN = 0.05  # of the round's time: a depth one away is not worth a chang
 class DepthPlan:
     """The plan of one round: each device's depth, its expected seconds, and its ranks from its
     lowest block up, if they are not the common ones.
+
+    `round_seconds` is the time that the round, which waits for all, is as likely to exceed as not.
+    No time is expected where no device was ever timed.
     """
 
     depths: dict[DeviceId, int]
     seconds: dict[DeviceId, float]
     ranks: dict[DeviceId, tuple[int, ...]]
+    round_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,76 +91,58 @@ class DepthPlanner:
 
     def plan(
         self,
-        times: Mapping[DeviceId, NDArray[np.float64]],
+        times: Mapping[DeviceId, DeviceTimes],
         before: Mapping[DeviceId, int],
         most: Mapping[DeviceId, int],
     ) -> DepthPlan:
         """The next round of the devices in `most`, which names the largest depth in each memory.
 
-        `times` is what exchanges took, as `latency_model` keeps it, and `before` each device's last
-        depth; both may lack devices, and name others.
+        `times` is what exchanges took, and `before` each device's last depth; both may lack
+        devices, and name others.
         """
         if not most:  # all are busy
             return DepthPlan({}, {}, {})
         devices, largest = list(most), np.array(list(most.values()))
-        fleet = sum(times.values(), no_evidence())
-        own = np.stack([times.get(id, no_evidence()) for id in devices])
-        costs = coefficients(own, fleet)
-        seconds = round_seconds(costs, self.traffic / self.traffic[-1])
-        if times or self.rule == "fixed":
-            chosen = choose_depths(
-                self.rule,
-                seconds,
-                largest,
-                self.ranks,
-                least=self.least,
-                coverage=self.coverage,
-                fixed=self.fixed,
-            )
-            last = np.array([before.get(id, 0) for id in devices])
-            chosen = settled(chosen, np.minimum(last, largest), seconds)
-        else:  # nobody was ever timed: depths spread out tell what a block costs
+        known = expected(times, devices, self.traffic / self.traffic[-1])
+        if known is None:  # depths spread out tell what a block costs
             spread = np.linspace(self.least, len(self.ranks), len(devices))
-            chosen = np.minimum(spread.round().astype(int), largest)
-        expected = seconds[np.arange(len(devices)), chosen]
-        ranks = self._fitted(costs, chosen, expected) if self.fit_ranks and times else []
-        if ranks:
-            expected = expected - self._saved(costs, chosen, ranks)
+            fixed = self.rule == "fixed"
+            chosen = np.minimum(self.fixed if fixed else spread.round().astype(int), largest)
+            return DepthPlan(dict(zip(devices, map(int, chosen), strict=True)), {}, {})
+        chosen = choose_depths(
+            self.rule,
+            known.seconds,
+            largest,
+            self.ranks,
+            least=self.least,
+            coverage=self.coverage,
+            fixed=self.fixed,
+        )
+        last = np.array([before.get(id, 0) for id in devices])
+        chosen = settled(chosen, np.minimum(last, largest), known.seconds)
+        at = np.arange(len(devices)), chosen
+        ranks = self._fitted(known, chosen) if self.fit_ranks else []
+        kept = np.ones(len(devices))  # the share of its traffic that a device has with its ranks
+        for place, own in enumerate(ranks):
+            kept[place] = sum(own) / sum(self._tail(chosen[place]))
+        seconds = known.seconds[at] - (1 - kept) * known.sending[at]
+        variance = known.computing_variance[at] + kept**2 * known.sending_variance[at]
         return DepthPlan(
             depths=dict(zip(devices, map(int, chosen), strict=True)),
-            seconds=dict(zip(devices, map(float, expected), strict=True)),
+            seconds=dict(zip(devices, map(float, seconds), strict=True)),
             ranks=dict(zip(devices, ranks, strict=True)) if ranks else {},
+            round_seconds=median_of_longest(seconds, variance),
         )
 
-    def _fitted(
-        self,
-        costs: NDArray[np.float64],
-        depths: NDArray[np.int64],
-        expected: NDArray[np.float64],
-    ) -> list[tuple[int, ...]]:
+    def _fitted(self, known: Expected, depths: NDArray[np.int64]) -> list[tuple[int, ...]]:
         """Each device's ranks, such that it is done when half of the round's devices are."""
-        sending = self._sending(costs, depths)
-        spare = np.median(expected) - (expected - sending)
+        at = np.arange(len(depths)), depths
+        sending, seconds = known.sending[at], known.seconds[at]
+        spare = sending + (np.median(seconds) - seconds)
         return [
             own_ranks(self.ranks, int(depth), float(link) / sum(self._tail(depth)), float(left))
             for depth, link, left in zip(depths, sending, spare, strict=True)
         ]
-
-    def _saved(
-        self,
-        costs: NDArray[np.float64],
-        depths: NDArray[np.int64],
-        ranks: Sequence[tuple[int, ...]],
-    ) -> NDArray[np.float64]:
-        """The seconds of traffic that each device saves by its own ranks."""
-        kept = [sum(own) / sum(self._tail(k)) for k, own in zip(depths, ranks, strict=True)]
-        return self._sending(costs, depths) * (1 - np.array(kept))
-
-    def _sending(
-        self, costs: NDArray[np.float64], depths: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """Seconds of each device's traffic at the common ranks."""
-        return costs[:, 2] * self.traffic[depths] / self.traffic[-1]
 
     def _tail(self, depth: int) -> tuple[int, ...]:
         """The common ranks of the blocks that a device of this depth trains."""
@@ -194,43 +173,6 @@ def rising_ranks(layers: int, budget: int, difference: float) -> tuple[int, ...]
         block = (block + 1) % layers
     ranks.sort()
     return tuple(ranks if difference >= 0 else reversed(ranks))
-
-
-def features(work: float, depth: int, layers: int, traffic: float) -> NDArray[np.float64]:
-    """The three regressors of an exchange's time; `traffic` is a share of that of full depth."""
-    return np.array([work, work * depth / layers, traffic])
-
-
-def timed(
-    before: NDArray[np.float64] | None,
-    cost: Cost,
-    *,
-    depth: int,
-    layers: int,
-    full_bytes: float,
-    discount: float,
-    work: float = 1.0,
-) -> NDArray[np.float64]:
-    """The evidence about a device's times after one more exchange at this depth; None: there was
-    none before.
-
-    `full_bytes` is the traffic of full depth, `work` the share of a round's batches.
-    """
-    traffic = (cost.bytes_down + cost.bytes_up) / full_bytes
-    seen = features(work, depth, layers, traffic)
-    return add(no_evidence() if before is None else before, seen, cost.seconds, discount)
-
-
-def round_seconds(
-    coefficients: NDArray[np.float64], traffic: Sequence[float]
-) -> NDArray[np.float64]:
-    """Expected seconds of a round, [devices, depths 0 to layers].
-
-    `coefficients` [devices, 3] are those of `features`; `traffic` [depths] is each depth's.
-    """
-    layers = len(traffic) - 1
-    table = np.stack([features(1.0, depth, layers, traffic[depth]) for depth in range(layers + 1)])
-    return coefficients @ table.T
 
 
 def choose_depths(
@@ -336,4 +278,5 @@ def own_ranks(
     tail = tuple(ranks[len(ranks) - depth :])
     needed = seconds_a_rank * sum(tail)
     share = min(1.0, budget_seconds / needed) if needed > 0 else 1.0
-    return tuple(max(1, int(share * rank)) for rank in tail)
+    # a billionth more, so that a share of 1 but for rounding cuts nothing
+    return tuple(max(1, int(share * rank + 1e-9)) for rank in tail)

@@ -27,13 +27,18 @@ class Profile:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one exchange; `seconds` run from the order's dispatch to the reply's arrival."""
+    """The cost of one exchange; `seconds` run from the order's dispatch to the reply's arrival.
+
+    `compute_seconds` of them are the device's own work, as it measures it; the rest is traffic. 0
+    where the device does not tell.
+    """
 
     bytes_down: int
     bytes_up: int
     flops: float
     peak_memory_bytes: int
     seconds: float
+    compute_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -297,6 +297,13 @@ def _ask_result(spent: Any, missing: str | None, bytes_down: int, seconds: float
     value, answer = spent
     if answer is None:
         return AskResult(Cost(bytes_down, 0, 0.0, 0, seconds), missing=missing)
-    cost = Cost(bytes_down, len(answer.result), answer.flops, answer.peak_memory_bytes, seconds)
+    cost = Cost(
+        bytes_down=bytes_down,
+        bytes_up=len(answer.result),
+        flops=answer.flops,
+        peak_memory_bytes=answer.peak_memory_bytes,
+        seconds=seconds,
+        compute_seconds=min(answer.compute_seconds, seconds),  # as the site says
+    )
     private = {"epsilon": answer.epsilon, "noise": answer.noise}
     return AskResult(cost, value, answer.samples, **private)

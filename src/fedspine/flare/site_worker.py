@@ -169,7 +169,9 @@ class SiteWorker:
             except NotAMessage as error:
                 self._log(f"{path} is damaged: {error}")
                 return NotDone(reason="memory lost")
+        began = time.monotonic()
         served = self._served(here, asked, order, memory)
+        compute_seconds = time.monotonic() - began
         if served.declined is not None:
             return NotDone(reason=SPENT)
         check_used(self._site.name, self._site.allow, served.rows)
@@ -186,6 +188,7 @@ class SiteWorker:
             launches=int(served.launches) if reveals else 0,
             samples=int(served.samples) if reveals else 0,
             peak_memory_bytes=int(served.peak_memory_bytes) if reveals else 0,
+            compute_seconds=compute_seconds if reveals else 0.0,
             epsilon=served.epsilon,
             noise=served.noise,
         )

@@ -74,6 +74,7 @@ class SiteAnswer:
     launches: int
     samples: int
     peak_memory_bytes: int
+    compute_seconds: float = 0.0  # of the work and of reading and writing its messages
     epsilon: float | None = None  # spent by the site in this run, if it promises privacy
     noise: float | None = None  # relative to the change of weights; None: none was added
 

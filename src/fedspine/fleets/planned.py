@@ -54,6 +54,7 @@ class PlannedExchange:
             flops=self.quote.price.flops,
             peak_memory_bytes=self.quote.price.peak_memory_bytes,
             seconds=self.timing.total,
+            compute_seconds=self.timing.compute,
         )
 
 

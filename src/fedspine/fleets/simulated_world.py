@@ -124,6 +124,7 @@ class World:
                     flops=served.flops,
                     peak_memory_bytes=served.peak_memory_bytes,
                     seconds=timing.total,
+                    compute_seconds=timing.compute,
                 ),
             )
 
@@ -206,6 +207,7 @@ class World:
             flops=early.flops,
             peak_memory_bytes=early.peak_memory_bytes,
             seconds=timing.total,
+            compute_seconds=timing.compute,
             **moved,
         )
         self._write(early.work, device, started, cost, 0, lost=False)
@@ -239,6 +241,7 @@ class World:
             work=work,
             started=started,
             seconds=cost.seconds,
+            compute_seconds=cost.compute_seconds,
             bytes_down=cost.bytes_down,
             bytes_up=cost.bytes_up,
             flops=cost.flops,

@@ -11,7 +11,8 @@ from typing import Literal, Self
 
 import numpy as np
 
-from fedspine.control.depth import DepthPlan, DepthPlanner, timed
+from fedspine.control.depth import DepthPlan, DepthPlanner
+from fedspine.control.device_times import DeviceTimes, timed
 from fedspine.core.checks import Asked, need, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput, check_ranges
@@ -155,6 +156,7 @@ class FedQuad(LocalTraining):
                 expected_seconds=plan.seconds.get(reply.device),  # late: another round's
                 seconds=reply.cost.seconds,
             )
+        fleet.note(expected_round_seconds=plan.round_seconds)  # of those asked in this round
         return replace(
             state,
             round=state.round + 1,
@@ -240,7 +242,7 @@ class FedQuad(LocalTraining):
         )
         return planner.plan(state.times, state.depths, most)
 
-    def _times_after(self, state: FedQuadState, reply: Reply[LoraResult]) -> np.ndarray:
+    def _times_after(self, state: FedQuadState, reply: Reply[LoraResult]) -> DeviceTimes:
         return timed(
             state.times.get(reply.device),
             reply.cost,

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedspine.control.controllers import Controller, Deadline
-from fedspine.control.depth import AllBlocks, DepthPlanner, Depths, Lcd, timed
+from fedspine.control.depth import AllBlocks, DepthPlanner, Depths, Lcd
+from fedspine.control.device_times import DeviceTimes, timed
 from fedspine.control.plan import Plan
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput, check_ranges, listed
@@ -38,7 +39,7 @@ from fedspine.pruning.head_start import HeadWeights, Start, check_head_start, pr
 class DepthSpineState(SpineState):
     """The state of a run in which devices differ in depth."""
 
-    times: dict[str, np.ndarray]  # what exchanges took, as `control.latency_model` keeps it
+    times: dict[str, DeviceTimes]  # what exchanges took
     depths: dict[str, int]  # of every device that has replied
     planned: dict[str, int]  # of the devices of this round
 

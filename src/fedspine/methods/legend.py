@@ -12,14 +12,8 @@ from typing import Literal, Self
 
 import numpy as np
 
-from fedspine.control.depth import (
-    DepthPlan,
-    DepthPlanner,
-    DepthRule,
-    check_fixed,
-    rising_ranks,
-    timed,
-)
+from fedspine.control.depth import DepthPlan, DepthPlanner, DepthRule, check_fixed, rising_ranks
+from fedspine.control.device_times import DeviceTimes, timed
 from fedspine.core.checks import Asked, within
 from fedspine.core.device import Device, DeviceId, on_device, returns_sent_weights
 from fedspine.core.errors import BadInput, check_ranges
@@ -111,7 +105,7 @@ class LegendState:
     max_tokens: int
     adapter: Tensors
     head: Tensors
-    times: dict[str, np.ndarray]  # what exchanges took, as `control.latency_model` keeps it
+    times: dict[str, DeviceTimes]  # what exchanges took
     depths: dict[str, int]  # of every device that has replied
 
 
@@ -220,6 +214,7 @@ class Legend(LocalTraining):
                 expected_seconds=plan.seconds.get(reply.device),  # of a late one, another round's
                 seconds=reply.cost.seconds,
             )
+        fleet.note(expected_round_seconds=plan.round_seconds)  # of those asked in this round
         return replace(
             state,
             round=state.round + 1,
@@ -265,7 +260,7 @@ class Legend(LocalTraining):
 
     def _probe_new_devices(
         self, state: LegendState, fleet: Fleet, most: Mapping[DeviceId, int]
-    ) -> tuple[dict[str, np.ndarray], set[DeviceId]]:
+    ) -> tuple[dict[str, DeviceTimes], set[DeviceId]]:
         """The times, with those of new devices, which train a few batches at two depths only to
         measure their speed; and the devices that did not answer, which are not asked in this round.
         """
@@ -291,11 +286,11 @@ class Legend(LocalTraining):
     def _times_after(
         self,
         state: LegendState,
-        times: Mapping[str, np.ndarray],
+        times: Mapping[str, DeviceTimes],
         reply: Reply[LoraResult],
         steps: int,
         depth: int,
-    ) -> np.ndarray:
+    ) -> DeviceTimes:
         return timed(
             times.get(reply.device),
             reply.cost,
