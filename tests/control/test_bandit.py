@@ -21,8 +21,10 @@ from fedspine.control.bandit import (
     credit,
     leaf_of,
     reward,
+    rewards,
     update_scale,
 )
+from fedspine.control.plan import Plan, PlanResult
 from fedspine.core.message import pack, unpack
 
 units = st.floats(0, 1)
@@ -210,6 +212,20 @@ def test_bad_actions_and_windows_are_refused():
         choose(
             Bandit(), exploration=0.1, within=((0.6, 0.5), WHOLE[1]), rng=np.random.default_rng(0)
         )
+
+
+def test_a_claimed_gain_does_not_make_all_others_count_alike():
+    """Of two devices whose gain is known, the median is the mean."""
+    plan = Plan(sparsity=0.1, rank=4, action=(0.5, 0.5), progress=1.0)
+    gains = {"good": 0.5, "worse": -0.5, "bad": 2.0**75}
+    found = {
+        id: PlanResult(plan=plan, seconds=1.0, gain=gain, importance=1.0, effective_rank=1.0)
+        for id, gain in gains.items()
+    }
+    _, scale = rewards({"good": found["good"], "bad": found["bad"]}, 0.5)
+    for _ in range(20):
+        earned, scale = rewards({"good": found["good"], "worse": found["worse"]}, scale)
+    assert scale < 1.0 and earned["good"] > 1.1 * earned["worse"]
 
 
 def test_scale_is_a_running_median():

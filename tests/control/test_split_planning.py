@@ -246,6 +246,11 @@ def test_levelling_trades_a_little_length_for_waiting():
     assert levelled(np.array([1.0, 5.0]), 0.0, 8, np.array([8, 8]), 100).tolist() == [6, 1]
 
 
+def test_a_worker_whose_time_does_not_depend_on_its_rows_gets_a_number_of_them():
+    assert levelled(np.array([1.0, 0.0]), 600.0, 8, np.array([8, 8]), 100).tolist() == [1, 8]
+    assert levelled(np.array([0.0, 0.0]), 1.0, 8, np.array([8, 6]), 100).tolist() == [8, 6]
+
+
 def test_where_one_row_takes_longest_the_others_use_the_time():
     assert levelled(np.array([1.0, 20.0]), 0.0, 8, np.array([8, 8]), 100).tolist() == [8, 1]
     assert levelled(np.array([1.0, 2.0, 20.0]), 0.0, 8, np.array([8, 8, 8]), 100).tolist() == [

@@ -303,12 +303,19 @@ def _another_type(payload):
     ).payload
 
 
+def _one_byte_up(payload):
+    """The same bytes as an array of one row, of which a method would plan by one byte."""
+    reply = unpack(payload)
+    return pack(replace(reply, result=reply.result[None])).payload
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
         (_not_finite, "not finite"),
         (_reshaped, "was expected"),
         (_another_type, "expected LoraResult, got NotDone"),
+        (_one_byte_up, "expected uint8 [bytes], got uint8 of shape (1, "),
         (lambda payload: payload[:-7], "cannot be read"),
         (lambda payload: b"", "cannot be read"),
         (lambda payload: pack(Opened(examples=1, memory_bytes=1)).payload, "cannot be read"),

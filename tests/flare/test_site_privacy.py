@@ -63,7 +63,7 @@ def order(base):
         adapter=half(fresh(base[0].layout.sites, 2, rng)),
         head=half(base[0].initial_head(rng)),
         scale=2.0,
-        tuning=Tuning(steps=8, batch=5, learning_rate=1e-2),
+        tuning=Tuning(steps=8, batch=6, learning_rate=1e-2),
     )
 
 
@@ -174,6 +174,34 @@ def test_only_work_that_keeps_the_promise_is_done(site, terms, order):
     means = asked(MeansOrder(rows=60), work=class_means)
     assert answer(worker, means).reason == "work not allowed"
     assert isinstance(answer(site(terms=replace(terms, privacy=None)), means), SiteAnswer)
+
+
+def test_an_empty_promise_loosens_no_other_term(site, terms, order):
+    """The attack: a huge epsilon, under which answers were about 20 rows, and of a clip at which
+    AdamW's step is proportional to the gradient.
+    """
+    empty = replace(terms, privacy=replace(PROMISE, epsilon=1e6))
+    worker, tuning = site(terms=empty), order.tuning
+    few = replace(order, tuning=replace(tuning, batch=4))  # 32 draws, 25 rows of 60 on average
+    said = "expected at least 32 distinct rows behind an answer on average, got 25 (allow.fewest"
+    assert said in answer(worker, asked(few)).detail
+    assert isinstance(answer(worker, asked(order)), SiteAnswer)
+    tiny = Opening(run=RUN, terms=replace(terms, privacy=replace(PROMISE, clip=1e-9)))
+    said = "expected at least 0.5 for the clip of a row's gradient, got 1e-09 (allow.lowest_clip"
+    assert said in answer(worker, tiny).detail
+
+
+def test_a_private_answer_does_not_show_that_training_failed(site, terms, order):
+    """Training that ended early was about fewer rows, so the answer was refused."""
+    worker = site(terms=replace(terms, privacy=replace(PROMISE, level="devices", clip=0.1)))
+    worker._site = replace(
+        worker._site, allow=worker._site.allow.model_copy(update={"rates": (0.0, 1e30)})
+    )
+    failing = replace(order.tuning, learning_rate=1e30, weight_decay=0.0)
+    came = answer(worker, asked(replace(order, tuning=failing)))
+    assert isinstance(came, SiteAnswer) and came.epsilon > 0
+    result = unpack(came.result.tobytes())
+    assert result.loss is None and all(t.isfinite().all() for t in result.adapter.values())
 
 
 def test_key_and_ledger_lie_at_the_site_and_are_missed(site, terms, order, tmp_path):

@@ -2,6 +2,7 @@
 of them.
 """
 
+import shutil
 import stat
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from fedspine.lm.tuning import Tuning
 from fedspine.methods import all_methods, sends_features
 from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import tune_adapter
+from fedspine.methods.linear_probe import ProbeOrder, tune_head
 from fedspine.methods.locfedmix import ReadingOrder, begin_reading
 from fedspine.pruning.device import prune_and_tune
 from fedspine.pruning.head_start import MeansOrder, class_means
@@ -395,6 +397,36 @@ def test_openings_leave_little(hostile):
     assert refused(site.open("fedlora", **apart), "at most 2048 tokens of a row")
     names = tuple(str(n) for n in range(10**5))
     assert refused(site.open("fedlora", label_names=names), REFUSALS["terms"])
+
+
+@pytest.mark.parametrize("changed", ["terms", "rows"])
+def test_a_run_that_is_opened_again_gets_activations_of_its_own_rows(hostile, changed):
+    """The attack: activations of long texts were kept and read again as those of short ones, so
+    that all rows were parts of the first text. Those of rows that the site had earlier are no
+    better.
+    """
+    rows = toy_rows(ROWS, 0)
+    long = replace(rows, texts=(" ".join(["cab"] * 900), *rows.texts[1:]))
+
+    def opened(name, rows, **terms):
+        site = hostile(name, rows=rows, allow={"noise": 0.0})
+        site.worker = SiteWorker(site.site, site.folder, b"the same")
+        return site.opened("linear_probe", **terms)
+
+    again = opened("again", long, max_tokens=120)
+    tuning = Tuning(steps=8, batch=ROWS, learning_rate=1e-2, turns=100.0)
+    order = ProbeOrder(head=again.lora().head, tuning=tuning)
+    again.ask(tune_head, order)
+    assert list((again.folder / PREFIXES).glob("*/*"))  # which are kept
+    again.runs -= 1  # under the same name
+    if changed == "rows":
+        long = rows
+        shutil.copy(opened("short", rows).folder / "rows.parquet", again.folder)
+        again.worker = SiteWorker(again.site, again.folder, b"the same")
+    terms = {"max_tokens": 4 if changed == "terms" else 120}
+    came = again.opened("linear_probe", **terms).ask(tune_head, order)
+    fresh_site = opened("fresh", long, **terms)
+    assert pack(came).payload == pack(fresh_site.ask(tune_head, order)).payload
 
 
 def places(site):

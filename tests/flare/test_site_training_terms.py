@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from flare_federation import NAMES
-from hostile_server import ROWS, refused
+from hostile_server import ROWS, few_rows, refused
 from toy import Spy
 
 from fedspine.core.device import Call, name_of, returns_learnt, serve
@@ -26,12 +26,15 @@ from fedspine.flare.site_terms import (
 from fedspine.flare.site_weights import check_magnitudes, check_weights
 from fedspine.flare.site_worker import SiteWorker
 from fedspine.flare.wire import SiteAnswer, SiteOrder, as_array
+from fedspine.lm.distillation import Teaching
 from fedspine.lm.lora import is_a, is_b
+from fedspine.lm.tuning import HeldTuning
 from fedspine.methods import all_methods, sends_features
 from fedspine.methods.fedavg import AverageOrder, train_and_send
 from fedspine.methods.fedlora import tune_adapter
 from fedspine.methods.hetlora import HetLoraOrder, tune_and_shrink
 from fedspine.methods.legend import DepthOrder, on_blocks, probe_top, tune_top
+from fedspine.pruning.device import TaughtOrder, prune_and_tune
 from fedspine.pruning.head_start import MeansOrder, class_means, head_of
 from fedspine.split.messages import Cutting
 from fedspine.split.trainable_half import Optimising
@@ -80,6 +83,7 @@ def sure(name, tensor):
     return 1e-2 * tensor
 
 
+HELD = {"proximal": 0.0, "dynamic": False, "keep_optimiser": True, "personal_head": False}
 BEYOND = [
     (of_tuning(steps=7, batch=5), "expected at least 8 steps behind an answer, got 7"),
     # 64 steps of which the decay leaves one
@@ -93,6 +97,11 @@ BEYOND = [
     ),
     (of_tuning(head_learning_rate=0.2), "allow.rates"),
     (of_tuning(learning_rate=1e-9, head_learning_rate=1e-3), "at least 1e-07 for a learning rate"),
+    # steps by the far larger gradients of an earlier training are proportional to the gradient
+    (
+        lambda order: replace(order, tuning=HeldTuning(**vars(order.tuning), **HELD)),
+        "the optimiser 'adamw-kept' is not among allow.optimisers",
+    ),
     (lambda order: replace(order, scale=1e-6), "at least 0.25 for the adapter's scale"),
     (lambda order: replace(order, scale=1e6), "allow.scales"),
     (of_adapter(torch.zeros_like, is_a), "at least 0.001 for the norm of each direction of A"),
@@ -115,6 +124,22 @@ BEYOND = [
 def test_an_order_beyond_a_term_is_refused_with_the_term(hostile, change, words):
     site = hostile().opened("fedlora")
     assert refused(site.ask(tune_adapter, change(site.lora())), words)
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-3, 1e30])
+def test_a_temperature_at_which_only_some_rows_overflow_is_refused(hostile, temperature):
+    """The attack: whether a logit exceeds what fp32 holds times the temperature decided whether the
+    site answered, so each order told exactly whether the rows have such a logit.
+    """
+    site = hostile().opened("fedspine")
+    (order,) = [order for _, work, order in few_rows(site, 4) if work is prune_and_tune]
+    order = replace(order, tuning=replace(order.tuning, steps=16))
+    teaching = Teaching(temperature=temperature, weight=0.5, hidden=0.0, own=False)
+    reply = site.ask(prune_and_tune, TaughtOrder(**vars(order), teaching=teaching))
+    assert (reply.reason, "but 0.01 to 100 was expected" in reply.detail) == ("bad order", True)
+    steep = replace(order, scoring=replace(order.scoring, cross=1e30))
+    reply = site.ask(prune_and_tune, steep)
+    assert (reply.reason, "cross is 1e+30" in reply.detail) == ("bad order", True)
 
 
 def test_the_gradient_itself_does_not_leave(hostile):

@@ -170,7 +170,7 @@ def test_students_in_one_pass_have_their_own_teachers(task):
     ("teacher", "line"),
     [
         (DenseTeacher(weight=1.5), "method.teacher.weight is 1.5, but 0 to 1"),
-        (DenseTeacher(temperature=0.0), "method.teacher.temperature is 0, but a positive"),
+        (DenseTeacher(temperature=0.0), "method.teacher.temperature is 0.0, but 0.01 to 100.0"),
         (DenseTeacher(hidden=-1.0), "method.teacher.hidden is -1, but it cannot be negative"),
     ],
 )

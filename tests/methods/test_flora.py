@@ -161,8 +161,12 @@ def test_an_order_that_does_not_fit_what_a_device_has_is_refused(recorded, task)
         {"change": recorded.states[2].change},
         {"rank": 0},
         {"merged_rank": -1},
+        {"merged_rank": adapter_rank(order.stacks["1"]) - 1},  # before anything is merged
     ):
         assert why_unusable(replace(order, **wrong), FloraOrder, asked), wrong
+    many = {str(number): order.stacks["1"] for number in range(50)}
+    endless = replace(order, since=0, round=50, stacks=many, merged_rank=32)
+    assert why_unusable(endless, FloraOrder, asked) == "the stacks are larger than the whole change"
     dense = replace(order, since=0, stacks={}, change=recorded.states[2].change)
     assert "merged_rank" in why_unusable(dense, FloraOrder, asked)  # which a site's terms bound
     assert why_unusable(replace(dense, merged_rank=32), FloraOrder, asked) is None

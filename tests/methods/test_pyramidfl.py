@@ -1,6 +1,7 @@
 """PyramidFL: whom it asks, who does more, what is left out of an update, and when it is FedAvg."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from fedspine.control.selection import (
 )
 from fedspine.core.errors import BadInput
 from fedspine.methods.fedavg import FedAvg
-from fedspine.methods.pyramidfl import Forecast, PyramidFL, kept, whole_update
+from fedspine.methods.pyramidfl import Forecast, PyramidFL, _seen, kept, whole_update
 from fedspine.nets.score import score_nets
 
 USUAL = Selecting(participants=4)
@@ -97,6 +98,13 @@ def test_high_loss_wins_unless_it_is_slow():
     assert early - late == pytest.approx(
         np.sqrt(0.1 * np.log(10) / 2) - np.sqrt(0.1 * np.log(10) / 9)
     )
+
+
+def test_a_claimed_reward_counts_as_no_more_than_a_guess_among_all_classes():
+    result = SimpleNamespace(reward=2.0**76, norm=1.0, examples=10)
+    assert _seen(SimpleNamespace(value=result), 1).reward == 160.0
+    result.reward = 23.0
+    assert _seen(SimpleNamespace(value=result), 1).reward == 23.0
 
 
 def test_only_those_above_the_cut_off_are_drawn():

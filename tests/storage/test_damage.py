@@ -5,6 +5,7 @@ the run can go back.
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,41 @@ def test_a_flipped_bit_is_found_wherever_it_is(run, file):
         assert "\n" not in str(damaged.value)
         (run / file).write_bytes(whole)
     assert opened(run)[0] == ROUNDS
+
+
+def folder_at(path):
+    path.unlink()
+    path.mkdir()
+    (path / "x").write_text("x")
+
+
+def link_to_itself(path):
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("file", [*FLIPPED, "state/previous.json", "records.jsonl"])
+@pytest.mark.parametrize("put", [folder_at, link_to_itself])
+def test_what_is_no_file_is_damage_and_going_back_removes_it(run, file, put):
+    put(run / file)
+    if file == "state/previous.json":  # which only going back needs
+        assert opened(run)[0] == ROUNDS
+        assert not (run / file).is_dir()  # which no file could replace
+        back = 0
+    else:
+        said = "records.jsonl" if file == "records.jsonl" else Path(file).name
+        with pytest.raises(BadInput, match=f"is damaged: {said}.*; go back to round") as damaged:
+            opened(run)
+        assert "\n" not in str(damaged.value)
+        back = int(str(damaged.value).rsplit("--from-round ")[1][0])
+    if file != "records.jsonl":  # whose rows no other file has
+        assert went_back(run, back) == back
+
+
+def test_a_list_that_is_nested_too_deep_is_damage(run):
+    (run / "state" / "current.json").write_bytes(b"[" * 10**5)
+    with pytest.raises(BadInput, match=r"current.json: it is nested too deep; go back to round 2"):
+        opened(run)
 
 
 def test_every_bit_of_the_list_counts(run):

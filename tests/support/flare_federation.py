@@ -30,7 +30,7 @@ ALLOW = {
     "noise": 0.0,
     "largest_rank": 64,
     "largest_merged_rank": 64,
-    "optimisers": ["adamw", "sgd"],
+    "optimisers": ["adamw", "adamw-kept", "sgd"],
 }
 
 

@@ -22,6 +22,9 @@ Leaves = NDArray[np.float64]  # [leaves, 6]
 U0, V0, SIDE, DEPTH, N, S = range(6)
 
 WHOLE = ((0.0, 1.0), (0.0, 1.0))
+# nats by which a loss can change in a reward: a guess among 9 million classes loses no more, so
+# what a device claims beyond it would only spoil the scale of the others' gains
+MOST_GAIN = 16.0
 FRESH_PLAYS = 1e-3  # a leaf with fewer discounted plays counts as never played
 
 
@@ -170,7 +173,11 @@ def rewards(
     """
     mean_seconds = float(np.mean([result.seconds for result in results.values()]))
     largest = max(result.importance for result in results.values()) or 1.0
-    gains = {id: result.gain for id, result in results.items() if result.gain is not None}
+    gains = {
+        id: min(max(result.gain, -MOST_GAIN), MOST_GAIN)
+        for id, result in results.items()
+        if result.gain is not None
+    }
     gain_scale = update_scale(gain_scale, gains.values())
     earned = {}
     for id, gain in gains.items():

@@ -12,12 +12,16 @@ import numpy as np
 
 from fedspine.core.message import message
 
+# AdamW that starts from the moments of earlier training: where these are of far larger gradients,
+# its steps are proportional to the gradient, as those of SGD
+KEPT_ADAMW = "adamw-kept"
+
 
 @message
 class Descent:
     """How the steps of training turn gradients into what leaves."""
 
-    kind: str  # "adamw" or "sgd"
+    kind: str  # "adamw", KEPT_ADAMW or "sgd"
     learning_rates: tuple[float, ...]  # of all that is trained
     weight_decay: float
     clip: float | None  # of the gradient's norm; None: never

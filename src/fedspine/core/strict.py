@@ -27,6 +27,14 @@ class Section(pydantic.BaseModel):
     )
 
 
+def parsed(text: str | bytes) -> Any:
+    """The value of a JSON text; raises ValueError for any other text, even one nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
     """The tables of a TOML file. Raises BadInput for a file that is missing or cannot be read; its
     text says `what` the file is and, if it is missing, what to do `instead`.
@@ -35,7 +43,7 @@ def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise BadInput(f"{what} {path} does not exist; {instead}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadInput(f"{what} {path} cannot be read: {one_line(error)}") from None
 
 

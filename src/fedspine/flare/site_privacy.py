@@ -163,6 +163,9 @@ def opened_sha256(terms: RunTerms, rows: Examples) -> str:
     held = hashlib.sha256(pack(terms).payload)
     for array in arrays:
         held.update(b"none" if array is None else hashlib.sha256(array.tobytes()).digest())
+    for name in ("sources", "context", "counted", "positions"):  # of windows and dialogues only
+        if (array := getattr(rows, name)) is not None:
+            held.update(name.encode() + hashlib.sha256(array.tobytes()).digest())
     return held.hexdigest()
 
 

@@ -7,12 +7,13 @@ the presence of noise are checked again before the answer leaves.
 from collections.abc import Collection
 from typing import Any, Literal, NoReturn, TypeAlias
 
+import numpy as np
 import pydantic
 
 from fedspine.core.noise import PLAIN_ANSWERS
 from fedspine.core.reads import Reads, reads_of
 from fedspine.core.strict import Section
-from fedspine.core.task import TaskKind
+from fedspine.core.task import Data, TaskKind
 from fedspine.flare.run_terms import RefusalReason, Refused, RunTerms, refusing
 
 SITE_FILE = "fedspine-site.toml"
@@ -40,7 +41,7 @@ class AllowSection(Section):
     # This and the next five bound training whose weights leave. One step reveals more than several.
     # AdamW reveals the size of a gradient only if it is far below 1e-8, SGD always.
     fewest_steps: int = pydantic.Field(8, ge=1)
-    optimisers: tuple[Literal["adamw", "sgd"], ...] = ("adamw",)
+    optimisers: tuple[Literal["adamw", "adamw-kept", "sgd"], ...] = ("adamw",)
     lowest_clip: float = pydantic.Field(0.5, ge=0)  # of the gradient's norm
     rates: Bounds = (1e-7, 0.1)
     largest_decay: float = pydantic.Field(1.0, ge=0)
@@ -91,6 +92,9 @@ def check_run(site: str, allow: AllowSection, models: Collection[str], terms: Ru
         )
         _refuse(site, line, "split")
     require(site, "most_tokens", terms.row_tokens, "tokens of a row", most=allow.most_tokens)
+    if terms.privacy is not None and terms.privacy.level == "rows":
+        clip, what = terms.privacy.clip, "for the clip of a row's gradient"
+        require(site, "lowest_clip", clip, what, least=allow.lowest_clip)
     if terms.foretold is not None:
         _check_part(site, allow, terms, terms.foretold)
         _check_training(site, allow, terms.foretold)
@@ -111,6 +115,19 @@ def check_training(site: str, allow: AllowSection, order: Any, *, learnt: bool =
     """
     for reads in reads_of(order):
         _check_training(site, allow, reads, learnt)
+
+
+def check_sampled(site: str, allow: AllowSection, order: Any, data: Data) -> None:
+    """Raise Refused if an order of a run with row-level privacy draws fewer distinct rows, on
+    average, than `allow.fewest_rows`. How many it draws is private, so `check_used` cannot count.
+    """
+    rows_of_texts = np.bincount(data.texts_of(np.arange(len(data))))
+    for reads in reads_of(order):
+        if reads.batch is None:
+            continue
+        missed = max(0.0, 1 - reads.batch / len(data)) ** (_shown(reads) * rows_of_texts)
+        drawn, what = round(float((1 - missed).sum())), "distinct rows behind an answer on average"
+        require(site, "fewest_rows", drawn, what, least=allow.fewest_rows)
 
 
 def check_used(site: str, allow: AllowSection, rows: int) -> None:

@@ -45,7 +45,13 @@ from fedspine.flare.site_disk import LOG, MEMORY, PREFIXES, RUNS_KEPT
 from fedspine.flare.site_noise import site_noise
 from fedspine.flare.site_privacy import opened_sha256, site_guard
 from fedspine.flare.site_secret import seed_of, site_secret
-from fedspine.flare.site_terms import check_noise, check_order, check_training, check_used
+from fedspine.flare.site_terms import (
+    check_noise,
+    check_order,
+    check_sampled,
+    check_training,
+    check_used,
+)
 from fedspine.flare.site_weights import check_magnitudes, check_weights
 from fedspine.flare.wire import (
     RUN,
@@ -136,11 +142,11 @@ class SiteWorker:
             else open_site(self._site, terms)
         )
         holding.base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        for folder, kept in ((MEMORY, RUNS_KEPT), (PREFIXES, 1)):
-            site_disk.keep_newest(self._folder / folder / asked.run, kept)
+        content = opened_sha256(asked.terms, holding.examples)
+        site_disk.keep_newest(self._folder / MEMORY / asked.run, RUNS_KEPT)
+        site_disk.keep_newest(self._prefixes(content), 1)
         self._room(asked.run, needed=0)
         promised = asked.terms.privacy
-        content = opened_sha256(asked.terms, holding.examples)
         task = _terms(asked, holding)
         here = Open(asked.run, terms, holding, works, task, promised, content)
         self._open, self._scratch = here, Scratch()
@@ -205,7 +211,7 @@ class SiteWorker:
             privacy=here.privacy,
         )
         allow = self._site.allow
-        prefixes = Prefixes(self._folder / PREFIXES / here.run, self._room_of_prefixes(here.run))
+        prefixes = Prefixes(self._prefixes(here.content), self._room_of_prefixes(here.run))
         return serve(
             call,
             here.holding.base,
@@ -233,6 +239,8 @@ class SiteWorker:
         site, allow = self._site.name, self._site.allow
         check_training(site, allow, order, learnt=returns_learnt(work))
         check_magnitudes(site, allow, order, here.holding.base)
+        if here.privacy is not None and here.privacy.level == "rows":
+            check_sampled(site, allow, order, here.holding.examples)
 
     def _check_rate(self) -> None:
         now, most = self._now(), self._site.allow.orders_per_minute
@@ -269,6 +277,13 @@ class SiteWorker:
         free = self._room(run, needed=0)
         there = site_disk.used(self._folder, Path(self._site.caches.folder))[PREFIXES]
         return min(free + there, MOST_BYTES)
+
+    def _prefixes(self, content: str) -> Path:
+        """The folder of activations. Its name depends on terms and rows: a run that is opened again
+        under its name with shorter texts, or after the rows have changed, must not get activations
+        of other rows.
+        """
+        return self._folder / PREFIXES / content
 
     def _version(self, run: str, version: int) -> Path:
         return self._folder / MEMORY / run / f"{version:09d}.safetensors"

@@ -95,7 +95,10 @@ def decoded(payload: bytes | np.ndarray, *kinds: Any) -> Any:
     Raises NotAMessage for a payload of more than MOST_BYTES, one that is no message or has another
     type, and one whose fields do not have their declared types.
     """
-    size = payload.nbytes if isinstance(payload, np.ndarray) else len(payload)
+    if isinstance(payload, np.ndarray) and (payload.ndim, payload.dtype) != (1, np.uint8):
+        shape = str(payload.shape)[:60]
+        raise NotAMessage(f"expected uint8 [bytes], got {payload.dtype} of shape {shape}")
+    size = len(payload)
     if size > MOST_BYTES:
         raise NotAMessage(f"expected a message of at most {MOST_BYTES} bytes, got {size}")
     value = unpack(payload)

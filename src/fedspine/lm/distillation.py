@@ -35,6 +35,9 @@ from fedspine.lm.lora import adapter_rank
 from fedspine.lm.pooling import mean_of_tokens
 from fedspine.lm.prefix import BATCH
 
+# with one far smaller, logits overflow, and which do would show whatever the noise of an answer
+TEMPERATURES = (1e-2, 1e2)
+
 
 @message
 class Teaching:
@@ -47,7 +50,7 @@ class Teaching:
 
     def check(self, asked: Asked) -> None:
         within("weight", self.weight, 0, 1)
-        need(self.temperature > 0, f"temperature is {self.temperature}, but it must be positive")
+        within("temperature", self.temperature, *TEMPERATURES)
         need(self.hidden >= 0, f"hidden is {self.hidden}, but it cannot be negative")
 
 
@@ -91,12 +94,7 @@ class DenseTeacher:
 
     def check(self, task: Task) -> None:
         """Raise BadInput for numbers that cannot be."""
-        check_ranges(self, {"weight": (0, 1)}, "method.teacher")
-        if not (self.temperature > 0 and isfinite(self.temperature)):
-            raise BadInput(
-                f"method.teacher.temperature is {self.temperature:g}, but a positive number was "
-                "expected"
-            )
+        check_ranges(self, {"weight": (0, 1), "temperature": TEMPERATURES}, "method.teacher")
         if not (self.hidden >= 0 and isfinite(self.hidden)):
             raise BadInput(f"method.teacher.hidden is {self.hidden:g}, but it cannot be negative")
 

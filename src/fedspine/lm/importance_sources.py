@@ -15,7 +15,7 @@ from fedspine.lm.base import Model
 from fedspine.lm.cost import NO_SCORING, ScoringCost, training_memory_bytes
 from fedspine.lm.distillation import Taught
 from fedspine.lm.importance import Scores, magnitude_scores, random_scores, smooth
-from fedspine.lm.importance_tracker import Scoring
+from fedspine.lm.importance_tracker import MOST_CROSS, Scoring
 from fedspine.lm.prunable_layout import PrunableLayout
 from fedspine.lm.request import TuneResult
 from fedspine.lm.scoring_cost import magnitude_cost, tracking_cost, updates
@@ -67,7 +67,8 @@ class Gradient:
     normalise: bool = False  # each layer's scores by their norm
 
     def check(self) -> None:
-        check_ranges(self, _AVERAGE, "method.importance")
+        cross = {"cross": (-MOST_CROSS, MOST_CROSS)}
+        check_ranges(self, _AVERAGE | cross, "method.importance")
 
     @property
     def order(self) -> Scoring:

@@ -18,6 +18,11 @@ from fedspine.lm.trainable_stack import TrainableStack
 Source: TypeAlias = Literal["gradient", "activation", "gate", "blend"]
 
 
+# of the second-order term, which is of the size of a learning rate; with one far larger, scores
+# overflow, and which do would show whatever the noise of an answer
+MOST_CROSS = 1e3
+
+
 @message
 class Scoring:
     """How unit importance is tracked during training.
@@ -39,6 +44,7 @@ class Scoring:
         """An update every so many steps, and a share that is kept."""
         need(self.every >= 1, f"every is {self.every}, but at least 1 is needed")
         within("keep", self.keep, 0, 1)
+        within("cross", self.cross, -MOST_CROSS, MOST_CROSS)
 
     @property
     def criterion(self) -> Criterion:

@@ -233,7 +233,8 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
                     every.detach().clamp(max=MOST_LOSS), inputs["labels"], len(requests)
                 )
                 losses[-1] = torch.where(loss.isfinite(), shown, losses[-1])
-            if alone and not torch.isfinite(loss):
+            # in a private run not even that training failed may show
+            if alone and lead.device.privacy is None and not torch.isfinite(loss):
                 break
             penalties = [
                 r.penalty(stack.adapter_of(i) | stack.head_of(i))

@@ -8,7 +8,7 @@ from fedspine.core.checks import Asked, need
 from fedspine.core.errors import BadInput
 from fedspine.core.message import message
 from fedspine.core.parts import quiet
-from fedspine.core.reads import Descent, Reads, lasting
+from fedspine.core.reads import KEPT_ADAMW, Descent, Reads, lasting
 from fedspine.lm.drift import Drift, FedDyn, FedProx, Free
 from fedspine.lm.received import check_settings
 from fedspine.lm.schedules import Linear, Schedule
@@ -61,9 +61,11 @@ class HeldTuning(Tuning):
 
     @property
     def reads(self) -> Reads:
-        """With the pull as what is minimised beside the loss."""
+        """With the pull as what is minimised beside the loss, and the optimiser's start."""
         own = super().reads
         how = own.descent and replace(own.descent, penalty=self.proximal)
+        if how is not None and self.keep_optimiser:
+            how = replace(how, kind=KEPT_ADAMW)
         return replace(own, descent=how)
 
     def check(self, asked: Asked) -> None:

@@ -71,12 +71,17 @@ class FloraOrder:
             got, expected = len(self.stacks), self.round - self.since
             need(got == expected, f"expected stacks of {expected} rounds, got {got}")
             need(self.stacks.keys() == set(self.rounds), "stacks are of other rounds")
+        merged, numbers = 0, 0
         for stack in self.stacks.values():
             rank = rank_in(stack)
             check_rank_of(rank, layout)
             tensors_of("a stack", stack, adapter_shapes(layout, rank))
+            merged, numbers = merged + rank, numbers + sum(each.numel() for each in stack.values())
+        # each stack costs as much time as the whole change, so there are no more than it replaces
+        need(numbers <= layout.parameters, "the stacks are larger than the whole change")
         check_rank_of(self.rank, layout)
-        need(self.merged_rank >= 0, f"merged_rank is {self.merged_rank}")
+        least = min(merged, _full_rank(layout))
+        need(self.merged_rank >= least, f"merged_rank is {self.merged_rank}, below {least}")
         check_head(self.head, asked)
 
     def returned(self, asked: Asked) -> dict[str, Tensors]:

@@ -52,6 +52,9 @@ from fedspine.split.whole_model import (
 from fedspine.split.wire import weights_wired
 
 MEMORY = 0.9  # what an old time still counts after a new one
+# of a row's loss in a device's reward: a guess among 9 million classes loses no more, so what a
+# device claims beyond it would only make all others count alike
+MOST_NATS = 16.0
 CHOICE = 1  # the purpose of a random stream
 
 
@@ -306,7 +309,9 @@ def _change(reply: Reply[PyramidResult], weights: Tensors, statistics: Collectio
 
 
 def _seen(reply: Reply[PyramidResult], round: int) -> Seen:
-    return Seen(reward=reply.value.reward, norm=reply.value.norm, round=round)
+    result = reply.value
+    reward = min(result.reward, MOST_NATS * result.examples)
+    return Seen(reward=reward, norm=result.norm, round=round)
 
 
 def _traffic(drop: float) -> float:

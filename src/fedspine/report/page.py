@@ -1,6 +1,5 @@
 """A run's report page: one HTML file that contains its style and figures and fetches nothing."""
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput
+from fedspine.core.strict import parsed
 from fedspine.report import figures
 from fedspine.report.html import Figure, rendered
 from fedspine.report.rows import AnswerRow, RunRows, read_rows
@@ -94,7 +94,7 @@ def _without_folders(recipe: str) -> str:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_bytes()))
+        return dict(parsed(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise BadInput(
             f"expected a JSON object in {path.name}; remove the file to see the records alone"

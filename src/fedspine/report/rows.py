@@ -1,6 +1,5 @@
 """Reads the records of a run: the rows of records.jsonl as small dataclasses."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput
+from fedspine.core.strict import parsed
 
 UNKNOWN_CLASS = "unknown"
 
@@ -110,7 +110,7 @@ def read_rows(path: Path) -> RunRows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parsed(line)
             name = row["row"]
         except (ValueError, TypeError, KeyError) as error:
             # a line that was finished ends in a newline, after which there is one more part

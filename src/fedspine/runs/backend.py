@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from fedspine.core.aggregation import Aggregation, Mean, NormClip
 from fedspine.core.errors import BadInput
 from fedspine.core.reads import PredictsReads
+from fedspine.core.strict import parsed
 from fedspine.execution.workers import Workers
 from fedspine.flare.run_terms import RunTerms, model_name
 from fedspine.flare.session import FlareSession
@@ -205,7 +206,7 @@ def backend_of(run_dir: Path, named: RealSites | None = None) -> Backend:
             )
         return Simulation()
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = parsed(path.read_text(encoding="utf-8"))
         kit, timeouts = (
             Path(said.pop("kit")),
             Timeouts(**said | {"sites": said["quorum"]}),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fedspine.core.strict import parsed
 from fedspine.data.dataset import Rows
 from fedspine.storage.store import write_atomically
 
@@ -40,7 +41,7 @@ def kept(folder: Path, compute: Callable[[], dict[str, float]]) -> dict[str, flo
     """The stored references of the run in `folder`; else those of `compute`, then stored."""
     path = folder / REFERENCES
     try:
-        return dict(json.loads(path.read_bytes()))
+        return dict(parsed(path.read_bytes()))
     except (FileNotFoundError, ValueError, TypeError):
         found = compute()
         write_atomically(path, json.dumps(found, indent=1).encode())

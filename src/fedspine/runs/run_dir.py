@@ -3,7 +3,6 @@
 A recipe is checked by its method, whose import takes seconds, so only functions import that.
 """
 
-import json
 import os
 import shutil
 from contextlib import suppress
@@ -113,7 +112,7 @@ def summary_of(run_dir: Path) -> dict[str, Any] | None:
     is damaged.
     """
     try:
-        return json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+        return strict.parsed((run_dir / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -19,6 +19,7 @@ import numpy as np
 import pydantic
 
 from fedspine.core.errors import BadInput, listed, reason_of
+from fedspine.core.strict import parsed
 from fedspine.core.task import TaskKind
 from fedspine.storage.store import write_atomically
 
@@ -208,7 +209,7 @@ def read(folder: Path) -> TaskRecord | None:
     except FileNotFoundError:
         return None
     try:
-        found = json.loads(payload)["format"]
+        found = parsed(payload)["format"]
         if found == FORMAT:
             return pydantic.TypeAdapter(TaskRecord).validate_json(payload, strict=True)
     except (ValueError, KeyError, TypeError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine.core.errors import BadInput
+from fedspine.core.strict import parsed
 
 RECORDS = "records.jsonl"  # in a run's folder
 CHUNK = 1 << 20  # bytes that are read at a time
@@ -64,6 +65,8 @@ def flaw(path: Path, position: int, sha256: str | None) -> str | None:
     """
     if not position or (sha256 is None and not path.exists()):  # which `Records` tells then
         return None
+    if path.is_dir():
+        return f"{path.name} is a folder"
     if not path.exists() or path.stat().st_size < position:
         return f"{path.name} {_lost(position)}"
     if sha256 == _digest(path, position).hexdigest():
@@ -72,7 +75,7 @@ def flaw(path: Path, position: int, sha256: str | None) -> str | None:
         lines = file.read(position).split(b"\n")
     for number, line in enumerate(lines[:-1], 1):
         try:
-            if not isinstance(json.loads(line)["row"], str):
+            if not isinstance(parsed(line)["row"], str):
                 raise TypeError
         except (ValueError, TypeError, KeyError):
             return f"line {number} of {path.name} is no row"
@@ -83,7 +86,7 @@ def flaw(path: Path, position: int, sha256: str | None) -> str | None:
 
 def has_rounds(path: Path) -> bool:
     """Whether a file of records has the row of a finished round."""
-    if not path.exists():
+    if not path.is_file():
         return False
     with open(path, "rb") as file:
         return any(line.startswith(b'{"row": "round"') for line in file)

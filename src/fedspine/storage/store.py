@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 
 from fedspine.core.errors import BadInput
 from fedspine.core.message import pack, unpack
+from fedspine.core.strict import parsed
+from fedspine.storage.files import bytes_of, remove
 from fedspine.storage.records import RECORDS, flaw, has_rounds
 
 CURRENT, PREVIOUS, LOCK = "current.json", "previous.json", "lock"
@@ -109,7 +111,7 @@ class Store:
             return None
         sha256 = entry.get("sha256", {})
         try:
-            payload = (self._folder / entry["state"]).read_bytes()
+            payload = bytes_of(self._folder / entry["state"])
             if "sha256" in entry and _sha256(payload) != sha256[entry["state"]]:
                 raise ValueError(f"{entry['state']} has other bytes than were written")
             kept = unpack(payload, spare_bytes=STATE_SPARE_BYTES)
@@ -148,9 +150,11 @@ class Store:
         or damaged.
         """
         try:
-            payload = (self._folder / name).read_bytes()
+            payload = bytes_of(self._folder / name)
         except FileNotFoundError:
             raise self._damaged(f"{name} is missing") from None
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
         if self._sha256.get(name, known := _sha256(payload)) != known:
             raise self._damaged(f"{name} has other bytes than were written")
         return payload
@@ -170,10 +174,12 @@ class Store:
             kept = f"round {earlier}, and to round 0" if earlier else "its start, round 0"
             raise BadInput(f"{self._folder.parent} cannot go back to round {round}, only to {kept}")
         for path in undone:
-            path.unlink(missing_ok=True)
+            remove(path)
         listed = (self._folder / PREVIOUS).read_bytes() if round else _listed(_start())
+        if (self._folder / CURRENT).is_dir():  # which no file can replace
+            remove(self._folder / CURRENT)
         write_atomically(self._folder / CURRENT, listed)
-        (self._folder / PREVIOUS).unlink(missing_ok=True)
+        remove(self._folder / PREVIOUS)
         self._current, self._before = self._entry() or _start(), _start()
         self._sweep()
 
@@ -216,7 +222,7 @@ class Store:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            entry = json.loads((self._folder / name).read_bytes())
+            entry = parsed(bytes_of(self._folder / name))
         except FileNotFoundError:
             return None
         if not isinstance(entry["round"], int):
@@ -241,9 +247,11 @@ class Store:
         sha256 = entry.get("sha256", {})
         for name in _files(entry):
             try:
-                payload = (self._folder / name).read_bytes()
+                payload = bytes_of(self._folder / name)
             except FileNotFoundError:
                 return f"{name} is missing"
+            except ValueError as error:
+                return str(error)
             if "sha256" in entry and _sha256(payload) != sha256.get(name):
                 return f"{name} has other bytes than were written"
         return flaw(self._folder.parent / RECORDS, entry["records"], sha256.get(RECORDS))
@@ -261,11 +269,11 @@ class Store:
             self._lock = lock(self._folder / LOCK, f"the run in {self._folder.parent}")
 
     def _sweep(self) -> None:
-        """Remove files that neither list names."""
+        """Remove files that neither list names, and folders, which are never ours."""
         wanted = {CURRENT, PREVIOUS, LOCK, *_files(self._current), *_files(self._before)}
         for found in os.scandir(self._folder):
-            if found.name not in wanted:
-                os.unlink(found.path)
+            if found.name not in wanted or found.is_dir(follow_symlinks=False):
+                remove(Path(found.path))
         self._sha256 = {name: digest for name, digest in self._sha256.items() if name in wanted}
 
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fedspine.core.strict import parsed
 from fedspine.execution.scoring import Deployment, Scored, score_models
 from fedspine.exports.saved_run import device_ids_of, saved_state
 from fedspine.runs.assemble import assemble, workers_for
@@ -26,8 +27,11 @@ def device_scores(folder: Path, progress: RunObserver) -> dict[str, dict[str, An
     """
     state = saved_state(folder)
     path = folder / DEVICE_SCORES
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if kept.get("rounds") != state.round:
+    try:
+        kept = dict(parsed(path.read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError):  # none yet, or damaged
+        kept = {}
+    if kept.get("rounds") != state.round or "devices" not in kept:
         kept = {"rounds": state.round, "devices": _scored(folder, state, progress)}
         write_atomically(path, json.dumps(kept, indent=1).encode())
     return kept["devices"]

@@ -1,0 +1,23 @@
+"""Files of a run, where something else may lie in their place."""
+
+import errno
+import shutil
+from pathlib import Path
+
+
+def bytes_of(path: Path) -> bytes:
+    """The content of a file; raises ValueError for a folder, and for a link to itself."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ELOOP):
+            raise ValueError(f"{path.name} is no file") from None
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove what is there, if anything, even a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
