@@ -173,8 +173,8 @@ def test_an_order_that_does_not_fit_what_a_device_has_is_refused(recorded, task)
 
 
 def test_the_predicted_rank_is_the_models_width_to_which_the_merged_rank_grows(recorded, task):
-    assert TOY.predicted_reads(task.base).rank == 32
-    ranks = [recorded.orders[number][recorded.bench.ids[0]].reads.rank for number in range(3)]
+    assert TOY.predicted_reads(task.base).merged == 32
+    ranks = [recorded.orders[number][recorded.bench.ids[0]].reads.merged for number in range(3)]
     assert ranks == [max(state.merged_rank, ranks[0]) for state in recorded.states[:3]]
     assert ranks[0] < ranks[1] < ranks[2]
 

@@ -176,7 +176,7 @@ def median_of_longest(seconds: Array, variance: Array) -> float:
     >>> import numpy as np
     >>> times = np.array([1.0, 1.0, 0.5])
     >>> [round(median_of_longest(times, v * times**2), 2) for v in (0.0, 0.09)]
-    [1.0, 1.13]
+    [1.0, 1.12]
     """
     spread = np.log1p(_ratio(variance, seconds**2))
     means, sigma = np.log(seconds) - spread / 2, np.sqrt(spread)

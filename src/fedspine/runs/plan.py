@@ -93,6 +93,7 @@ class Charged:
     flops: float
     peak_memory_bytes: int
     seconds: float
+    compute_seconds: float
 
 
 @dataclass(frozen=True)
