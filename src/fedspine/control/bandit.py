@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.control.plan import Limits, Plan, PlanResult, plan_at
+from fedspine.core.checks import MOST_NATS
 from fedspine.core.message import message
 
 Leaves = NDArray[np.float64]  # [leaves, 6]
@@ -22,9 +23,6 @@ Leaves = NDArray[np.float64]  # [leaves, 6]
 U0, V0, SIDE, DEPTH, N, S = range(6)
 
 WHOLE = ((0.0, 1.0), (0.0, 1.0))
-# nats by which a loss can change in a reward: a guess among 9 million classes loses no more, so
-# what a device claims beyond it would only spoil the scale of the others' gains
-MOST_GAIN = 16.0
 FRESH_PLAYS = 1e-3  # a leaf with fewer discounted plays counts as never played
 
 
@@ -174,7 +172,7 @@ def rewards(
     mean_seconds = float(np.mean([result.seconds for result in results.values()]))
     largest = max(result.importance for result in results.values()) or 1.0
     gains = {
-        id: min(max(result.gain, -MOST_GAIN), MOST_GAIN)
+        id: min(max(result.gain, -MOST_NATS), MOST_NATS)
         for id, result in results.items()
         if result.gain is not None
     }

@@ -17,7 +17,7 @@ TRUST = 0.1  # in a fixed part known before, in exchanges of every device
 PART = 0.9  # of the shortest exchange that may be fixed: no device's load is free
 # of the longest iteration that the limits allow: how far it may be cut for less waiting
 SHORTER = 0.75
-TINY = 1e-9  # of the slowest's seconds per row, which no worker's fall below
+LEAST_COST = 1e-9  # of the slowest's seconds per row, which no worker's fall below
 TRIALS = 256  # iterations that are compared
 
 
@@ -81,7 +81,7 @@ def levelled(
     """
     most = np.minimum(most, largest)
     # a worker that takes as long for any number of rows would get no number of them
-    cost = np.maximum(cost, TINY * (cost.max() or 1.0))
+    cost = np.maximum(cost, LEAST_COST * (cost.max() or 1.0))
 
     def rows_within(seconds: float) -> np.ndarray:  # of rows alone
         # a hair more than rounding may take away, so that a worker at its very end counts as done

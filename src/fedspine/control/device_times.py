@@ -181,7 +181,7 @@ def median_of_longest(seconds: Array, variance: Array) -> float:
     spread = np.log1p(_ratio(variance, seconds**2))
     means, sigma = np.log(seconds) - spread / 2, np.sqrt(spread)
     low, high = float(means.max()), float((means + 8 * sigma).max())
-    at, logs = _log_normal_cdf()
+    at, logs = _log_of_normal_cdf()
     safe = np.maximum(sigma, 1e-9)
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -193,7 +193,7 @@ def median_of_longest(seconds: Array, variance: Array) -> float:
 
 
 @cache
-def _log_normal_cdf() -> tuple[Array, Array]:
+def _log_of_normal_cdf() -> tuple[Array, Array]:
     """The logarithm of the standard normal distribution function, at points to interpolate it."""
     at = np.linspace(-8, 8, 3201)
     return at, np.array([log(erfc(-x / 2**0.5) / 2) for x in at])

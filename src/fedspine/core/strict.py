@@ -102,5 +102,5 @@ def validated(section: str, cls: type, table: Any, *, by_json: bool = False) -> 
 
 @cache
 def _adapter(cls: type) -> pydantic.TypeAdapter[Any]:
-    """It takes as long to build as a hundred tables to check, and a sweep has a thousand."""
+    """It takes some 60 times as long to build as a table to check, and a sweep has a thousand."""
     return pydantic.TypeAdapter(cls)

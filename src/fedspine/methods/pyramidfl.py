@@ -22,7 +22,7 @@ from fedspine.control.selection import (
     select,
     steps_with_slack,
 )
-from fedspine.core.checks import Asked, tensors_of, within
+from fedspine.core.checks import MOST_NATS, Asked, tensors_of, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.fleet import Fleet, Profile, Reply
 from fedspine.core.merging import Weighted, combined
@@ -52,9 +52,6 @@ from fedspine.split.whole_model import (
 from fedspine.split.wire import weights_wired
 
 MEMORY = 0.9  # what an old time still counts after a new one
-# of a row's loss in a device's reward: a guess among 9 million classes loses no more, so what a
-# device claims beyond it would only make all others count alike
-MOST_NATS = 16.0
 CHOICE = 1  # the purpose of a random stream
 
 
