@@ -14,8 +14,7 @@ from math import isfinite, tanh
 import numpy as np
 from numpy.typing import NDArray
 
-from fedspine.control.plan import Limits, Plan, PlanResult, plan_at
-from fedspine.core.checks import MOST_NATS
+from fedspine.control.plan import MOST_NATS, Limits, Plan, PlanResult, plan_at
 from fedspine.core.message import message
 
 Leaves = NDArray[np.float64]  # [leaves, 6]

@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 from fedspine.core.errors import BadInput
 
+# nats of a loss that count in a reward: a guess among 9 million classes loses no more, so what a
+# device claims beyond it would only make all others count alike
+MOST_NATS = 16.0
+
 NOTHING_LEFT = 1e-9
 TINY = 1e-9  # 0.7 * 10 rounds are seven rounds, whatever the last bit says
 SHARES = 5  # between the least pruning due and the most allowed, among which times are compared

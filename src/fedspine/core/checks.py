@@ -28,9 +28,6 @@ MOST_WHOLE = 2**63 - 1  # of a whole number, as tensors hold them
 MOST_ROWS = 2**31  # that a device may declare
 # of a float: fp32 holds numbers below 2^128, so it holds sums over 2^20 devices of up to 2^31 rows
 MOST_FLOAT = 2.0**76
-# nats of a loss that count in a reward: a guess among 9 million classes loses no more, so what a
-# device claims beyond it would only make all others count alike
-MOST_NATS = 16.0
 MOST_ORDERED = 2.0**128  # of a float in an order, which a device does not sum over others
 MOST_WEIGHT = 65504.0  # of a weight: what fp16 holds, in which weights cross the wire by default
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fedspine.control import latency_model
+from fedspine.control.plan import MOST_NATS
 from fedspine.control.selection import (
     Seen,
     Selecting,
@@ -22,7 +23,7 @@ from fedspine.control.selection import (
     select,
     steps_with_slack,
 )
-from fedspine.core.checks import MOST_NATS, Asked, tensors_of, within
+from fedspine.core.checks import Asked, tensors_of, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.fleet import Fleet, Profile, Reply
 from fedspine.core.merging import Weighted, combined

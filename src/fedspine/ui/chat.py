@@ -62,9 +62,8 @@ def lines_of_user() -> Iterator[str]:
 
 def _decoded(line: bytes, number: int) -> str:
     try:
-        return line.decode(
-            "utf-8-sig" if number == 1 else "utf-8"
-        )  # editors mark a file's beginning
+        # editors mark the beginning of a file
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
         raise BadInput(
             f"line {number} of the standard input is not UTF-8; give one message per line, as "
