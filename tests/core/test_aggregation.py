@@ -5,19 +5,27 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import trim_mean
 
-from fedspine.core.aggregation import CHOICES, Mean, Median, NormClip, TrimmedMean, aggregation_of
+from fedspine.core.aggregation import (
+    CHOICES,
+    Mean,
+    Median,
+    MultiKrum,
+    NormClip,
+    TrimmedMean,
+    aggregation_of,
+)
 from fedspine.core.errors import BadInput
-from fedspine.core.merging import Weighted, combined, root_mean_square, trimmed
+from fedspine.core.merging import Weighted, combined, distances, root_mean_square, trimmed
 from fedspine.core.server_optimiser import Server
 from fedspine.core.tensors import average
 
 seeds = st.integers(0, 2**32 - 1)
 rows = st.integers(1, 2**31)
-HOWS = [Mean(), TrimmedMean(), Median(), NormClip()]
+HOWS = [Mean(), TrimmedMean(), Median(), MultiKrum(), NormClip()]
 by_name = pytest.mark.parametrize("how", HOWS, ids=lambda how: how.name)
 # a weighted mean of n fp32 numbers: n products, n sums and a quotient, each rounded by 2^-24
 OFF = 2**-24
@@ -126,6 +134,50 @@ def test_whatever_one_device_sends_no_entry_leaves_the_range_of_the_others(
     found = flat(combined(fleet_of(how), "head", [*those, Weighted("bad", weight, bad)], before))
     others = torch.stack([flat(part.tensors) for part in those])
     assert (found >= others.amin(0)).all() and (found <= others.amax(0)).all()
+
+
+@given(seeds, st.integers(5, 12), st.floats(20.0, 65504.0), st.booleans(), rows)
+def test_as_many_bad_devices_as_are_left_out_change_no_bit(seed, devices, value, alike, weight):
+    """Whether they send the same or not: the others are within 4 of each other in each entry."""
+    rng, how = np.random.default_rng(seed), MultiKrum()
+    before, those = tensors(rng), parts(rng, devices - how.left_out(devices))
+    bad = [
+        Weighted(
+            f"bad-{i}",
+            weight,
+            {
+                name: torch.full_like(tensor, value if alike or not i else -value)
+                for name, tensor in before.items()
+            },
+        )
+        for i in range(how.left_out(devices))
+    ]
+    fleet = fleet_of(how)
+    found = combined(fleet, "head", [*those, *bad], before)
+    assert equal(found, average((part.weight, part.tensors) for part in those))
+    assert fleet.notes == [{"device": part.device, "bounded": "head", "share": 0} for part in bad]
+
+
+@given(seeds, st.integers(5, 12), st.floats(0.05, 0.49))
+def test_multi_krum_keeps_the_changes_that_are_nearest_to_their_neighbours(seed, devices, share):
+    how, points = MultiKrum(share=share), np.random.default_rng(seed).standard_normal((devices, 3))
+    bad = how.left_out(devices)
+    assume(devices >= how.fewest(devices))
+    apart = ((points[:, None] - points[None]) ** 2).sum(-1)
+    scores = [np.sort(np.delete(row, i))[: devices - bad - 2].sum() for i, row in enumerate(apart)]
+    best = sorted(np.argsort(scores)[: devices - bad])
+    assert np.flatnonzero(how.kept(apart.tolist())).tolist() == best
+
+
+def test_distances_are_means_over_the_entries_that_both_own():
+    changes = [
+        {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor([[3.0]])},
+        {"x": torch.tensor([3.0, torch.nan]), "y": torch.tensor([[1.0]])},
+        {"x": torch.tensor([torch.nan, 65504.0])},
+    ]
+    far = 65502.0**2
+    # the second and the third share no entry: as far apart as the farthest two that do
+    assert distances(changes).tolist() == [[0, 4, far], [4, 0, far], [far, far, 0]]
 
 
 @given(seeds, st.integers(1, 9), st.floats(1e-3, 65504), st.floats(0.5, 3))
@@ -249,7 +301,14 @@ def test_unknown_names_and_settings_are_refused(given_, line):
         (TrimmedMean(share=0.1), 5, "share of 0.1, which needs 10 replies in a round, .* are 5"),
         (TrimmedMean(share=0.4), 2, "needs 3 replies in a round, but there are 2"),
         (TrimmedMean(share=0.5), 9, "share is 0.5, but a share above 0 and below 0.5"),
-        (TrimmedMean(share=0.0), 9, 'for no trimming write fleet.aggregation = "mean"'),
+        (TrimmedMean(share=0.0), 9, 'to leave nothing out write fleet.aggregation = "mean"'),
+        (
+            MultiKrum(),
+            4,
+            "multi_krum with a share of 0.2, which needs 5 replies .* are 4",
+        ),
+        (MultiKrum(share=0.4), 10, "share of 0.4, which needs 11 replies in a round, .* are 10"),
+        (MultiKrum(share=0.6), 9, "share is 0.6, but a share above 0 and below 0.5"),
         (Median(), 2, "median, which needs 3 replies in a round, but there are 2"),
         (NormClip(), 1, "norm_clip, which needs 2 replies in a round, but there is 1"),
         (NormClip(bound=0.0), 9, "bound is 0, but a multiple of the median norm above 0"),
@@ -267,6 +326,8 @@ def test_what_can_work_is_not_refused():
         (TrimmedMean(share=0.2), 5),
         (TrimmedMean(share=0.1), 10),
         (Median(), 3),
+        (MultiKrum(), 5),
+        (MultiKrum(), 10),
         (NormClip(), 2),
     ):
         how.check(replies)

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import rounding
 
-from fedspine.core.aggregation import Median, NormClip, TrimmedMean
+from fedspine.core.aggregation import Median, MultiKrum, NormClip, TrimmedMean
 from fedspine.core.fleet import Cost, Reply
 from fedspine.core.merging import root_mean_square
 from fedspine.lm.aggregate import (
     Contribution,
     average_factors,
     bounded,
+    by_norm,
     change_factors,
     mean_product,
     merge_changes,
@@ -205,7 +206,7 @@ def test_changes_are_bounded_over_unequal_ranks_and_shapes(seed, honest, times):
     far = {name: sent[name] + 10 * times * (bad.back[name] - sent[name]) for name in sent}
     parts[-1] = Contribution(bad.sent, far, bad.structure, bad.weight)
     fleet = fleet_of(NormClip())
-    after = bounded(fleet, replies_of(parts), parts)
+    after = bounded(fleet, LAYOUT, replies_of(parts), parts)
     most = sorted(map(change_of, parts))[(len(parts) - 1) // 2]
     for before, now in zip(parts, after, strict=True):
         # a change of a thousandth of what it was keeps as many of 24 bits
@@ -222,5 +223,39 @@ def test_a_device_that_gave_up_rank_is_measured_by_what_it_kept():
         parts[0].sent, cut_rank(parts[0].sent, 2), parts[0].structure, parts[0].weight
     )
     parts = [shrunk, *parts[1:]]
-    after = bounded(fleet_of(NormClip()), replies_of(parts), parts)
+    after = bounded(fleet_of(NormClip()), LAYOUT, replies_of(parts), parts)
     assert after[0] is shrunk  # it changed nothing
+
+
+@given(seed=seeds, honest=st.integers(4, 6), size=st.floats(100.0, 65504.0))
+def test_a_bad_device_is_left_out_over_unequal_ranks_and_shapes(seed, honest, size):
+    """It owns a sub-model like all others, whose changes are some 0.5 in every entry."""
+    adapter, parts = round_of(np.random.default_rng(seed), honest + 1)
+    bad = parts[-1]
+    far = {name: tensor + size for name, tensor in bad.sent.items()}
+    parts[-1] = replace(bad, back=far, weight=2.0**31)
+    fleet = fleet_of(MultiKrum())
+    after = bounded(fleet, LAYOUT, replies_of(parts), parts)
+    assert after[:-1] == parts[:-1] and after[-1].weight == 0
+    assert fleet.notes == [{"device": str(honest), "bounded": "adapter", "share": 0}]
+    for merge, before in ((average_factors, adapter), (merge_changes, products(adapter))):
+        found, without = (merge(LAYOUT, before, those) for those in (after, parts[:-1]))
+        assert all(torch.equal(found[name], without[name]) for name in before)
+    left = [part.weight for part in by_norm(after)]
+    assert left == [*(part.weight for part in by_norm(parts[:-1])), 0]
+
+
+def test_units_of_different_sub_models_are_compared_with_themselves():
+    """Six devices changed every unit alike but kept different ones; a seventh differs a little."""
+    rng = np.random.default_rng(0)
+    whole = drawn(rng, fresh(LAYOUT.sites, 4, rng))
+    parts = []
+    for i in range(7):
+        structure = structure_of(rng)
+        back = cut_rank(cut_adapter(whole, LAYOUT.sites, structure), int(rng.choice(RANKS)))
+        sent = {name: torch.zeros_like(tensor) for name, tensor in back.items()}
+        if i == 3:
+            back = {name: tensor + 0.01 for name, tensor in back.items()}
+        parts.append(Contribution(sent, back, structure, 1.0))
+    after = bounded(fleet_of(MultiKrum(share=0.2)), LAYOUT, replies_of(parts), parts)
+    assert [part.weight for part in after] == [1, 1, 1, 0, 1, 1, 1]

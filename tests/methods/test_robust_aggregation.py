@@ -7,7 +7,7 @@ import torch
 from attacks import flipped, on_changes
 from toy import TEST_ROWS, Spy, bits
 
-from fedspine.core.aggregation import CHOICES, Median, NormClip, TrimmedMean
+from fedspine.core.aggregation import CHOICES, Median, MultiKrum, NormClip, TrimmedMean
 from fedspine.lm.score import score
 from fedspine.methods import all_methods
 from fedspine.pruning.head_start import ClassMeans
@@ -53,7 +53,7 @@ def test_a_device_that_flips_its_change_does_not_keep_the_others_from_learning(n
     state = bench.run(method, rounds=ROUNDS, around=attacked(bench, flipped(10)))
     assert learnt(bench, method, state)
     bounded = {row["values"]["device"] for row in bench.rows("note") if "bounded" in row["values"]}
-    assert (BAD in bounded) == (how == "norm_clip")
+    assert (BAD in bounded) == (how in ("norm_clip", "multi_krum"))
 
 
 @pytest.mark.parametrize("name", ["fedlora", "fedspine", "fedavg", "hetlora"])
@@ -82,7 +82,9 @@ def test_bounds_that_nobody_reaches_change_no_bit(name, lab):
     assert bits(plain.run(method, rounds=2)) == bits(bounded.run(method, rounds=2))
 
 
-@pytest.mark.parametrize("how", [TrimmedMean(), Median(), NormClip()], ids=lambda how: how.name)
+@pytest.mark.parametrize(
+    "how", [TrimmedMean(), Median(), MultiKrum(), NormClip()], ids=lambda how: how.name
+)
 def test_a_round_of_too_few_replies_changes_nothing_and_says_so(how, lab):
     method, bench = METHODS["fedlora"].toy(), lab(aggregation=how)
     first = bench.run(method, rounds=1)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from fedspine.core.aggregation import Aggregation, Mean, Median, NormClip, TrimmedMean
+from fedspine.core.aggregation import Aggregation, Mean, Median, MultiKrum, NormClip, TrimmedMean
 from fedspine.core.device import DeviceId
 from fedspine.core.fleet import Fleet, Reply
 from fedspine.core.message import Tensors
@@ -84,7 +85,7 @@ def _combined(fleet: Fleet, what: str, parts: Sequence[Weighted], before: Tensor
     parts = [
         part
         if share == 1
-        else Weighted(part.device, part.weight, toward(before, part.tensors, share))
+        else Weighted(part.device, part.weight if share else 0, toward(before, part.tensors, share))
         for part, share in zip(parts, shares, strict=True)
     ]
     by_row = {name for shares in fleet.server.row_shares.values() for name in shares}
@@ -131,19 +132,57 @@ def _mean_by_row(fleet: Fleet, name: str, parts: Sequence[Weighted]) -> Tensor:
 def bounded(
     fleet: Fleet, what: str, devices: Sequence[DeviceId], changes: Iterable[Tensors]
 ) -> list[float]:
-    """The share of each device's change that counts, 0 to 1, all 1 unless the aggregation is
-    `NormClip`; devices with a share below 1 are noted.
+    """The share of each device's change that counts, 0 to 1; a device whose share is 0 has no
+    weight either. Devices with a share below 1 are noted.
 
-    Sizes are root mean squares over all entries of a change, so a higher rank or fewer units do not
-    make a change larger. For equal shapes this equals comparing norms.
+    The changes hold NaN where a device owns nothing of a tensor. Sizes are root mean squares over
+    all entries of a change, so a higher rank or fewer units do not make a change larger. For equal
+    shapes this equals comparing norms.
     """
-    if not isinstance(fleet.aggregation, NormClip):
-        return [1.0] * len(devices)
-    shares = fleet.aggregation.shares([root_mean_square(change) for change in changes])
+    shares = shares_of(fleet.aggregation, len(devices), changes)
     for device, share in zip(devices, shares, strict=True):
         if share < 1:
             fleet.note(device=device, bounded=what, share=share)
     return shares
+
+
+def shares_of(how: Aggregation, count: int, changes: Iterable[Tensors]) -> list[float]:
+    """The share of each of `count` changes that counts by the aggregation, all 1 where it judges
+    entries alone.
+    """
+    match how:
+        case NormClip():
+            return how.shares([root_mean_square(change) for change in changes])
+        case MultiKrum() if count < how.fewest(count):
+            return [0.0] * count
+        case MultiKrum():
+            return [float(kept) for kept in how.kept(distances(list(changes)).tolist())]
+        case Mean() | TrimmedMean() | Median():
+            return [1.0] * count
+
+
+def distances(changes: Sequence[Tensors]) -> Float[Tensor, "devices devices"]:
+    """The mean squared difference of every two changes over the entries that both own, fp64.
+
+    An entry that a device does not own is NaN, or its tensor is missing. Two devices that share no
+    entry are as far apart as the farthest two that do.
+
+    >>> distances([{"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0, torch.nan])}])[0]
+    tensor([0., 4.], dtype=torch.float64)
+    """
+    total = torch.zeros(len(changes), len(changes), dtype=torch.float64)
+    shared = torch.zeros_like(total)
+    for name in dict.fromkeys(name for change in changes for name in change):
+        shape = next(change[name].shape for change in changes if name in change)
+        missing = torch.full(shape, torch.nan)
+        values = torch.stack([change.get(name, missing).double().flatten() for change in changes])
+        owned = (~values.isnan()).double()
+        values = values.nan_to_num(0.0)
+        squares = values.square() @ owned.T
+        total += squares + squares.T - 2 * values @ values.T
+        shared += owned @ owned.T
+    found = (total / shared.clamp_min(1)).clamp_min(0)
+    return torch.where(shared > 0, found, found.max()).fill_diagonal_(0)
 
 
 def root_mean_square(tensors: Tensors) -> float:
@@ -168,8 +207,8 @@ def toward(before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: flo
 def middle(how: Aggregation, values: Tensor, before: Tensor) -> Tensor:
     """The devices' tensors, merged with equal weights; devices are the first dimension of `values`.
 
-    `NormClip` bounds the values themselves, not their change. Entries with too few devices are
-    those of `before`.
+    `NormClip` and `MultiKrum` judge the values themselves, not their change. Entries with too few
+    devices are those of `before`.
 
     >>> middle(Median(), torch.tensor([[1.0], [2.0], [9.0]]), torch.zeros(1))
     tensor([2.])
@@ -180,8 +219,9 @@ def middle(how: Aggregation, values: Tensor, before: Tensor) -> Tensor:
         owned = torch.ones_like(values, dtype=torch.bool)
         found, settled = trimmed(how, values, torch.ones(len(values)), owned)
         return torch.where(settled, found, before)
-    shares = how.shares([root_mean_square({"": value}) for value in values])
-    return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).mean(0)
+    shares = shares_of(how, len(values), ({"": value} for value in values))
+    kept = [share * value for share, value in zip(shares, values, strict=True) if share]
+    return torch.stack(kept).mean(0)
 
 
 def trims(how: Aggregation) -> bool:
@@ -236,7 +276,7 @@ def _cut(how: Aggregation, replies: int, owners: Tensor) -> Tensor:
         case Median():
             enough = owners >= how.fewest(replies)
             return torch.where(enough, (owners - 1) // 2, owners)
-        case Mean() | NormClip():
+        case Mean() | MultiKrum() | NormClip():
             raise ValueError(f"{how.name} leaves no entries out")
 
 

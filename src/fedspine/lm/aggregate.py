@@ -8,7 +8,7 @@ it, and keep the best rank-R factors of the sum; only in the last are directions
 have the rank for not diluted by the others, and a round without training changes nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +17,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fedspine.core import merging
-from fedspine.core.aggregation import Aggregation, Mean
+from fedspine.core.aggregation import Aggregation, Mean, MultiKrum
 from fedspine.core.fleet import Reply
 from fedspine.core.message import Tensors
 from fedspine.core.process import spread
 from fedspine.core.tensors import rebased
-from fedspine.lm.lora import a_name, b_name
+from fedspine.lm.lora import a_name, b_name, is_b
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 
@@ -48,23 +48,37 @@ class Contribution:
 
 def bounded(
     fleet: Any,  # a `Fleet`, a protocol that the checks of this package's annotations cannot check
+    layout: PrunableLayout,
     replies: Sequence[Reply[Any]],
     contributions: Sequence[Contribution],
 ) -> list[Contribution]:
-    """The contributions of these replies, with their changes to A and B bounded as
+    """The contributions of these replies, with their changes to A and B bounded or left out as
     `fleet.aggregation` says, before any use; `core.merging.bounded` records which were.
 
-    So the change of a product is bounded, too, since those of its factors are.
+    So the change of a product is bounded, too, since those of its factors are. One that is left out
+    has no weight.
     """
     sent = [_returned_part(part.back, part.sent) for part in contributions]
-    changes = (
+    changes: Iterable[Tensors] = (
         {name: tensor.float() - before[name].float() for name, tensor in part.back.items()}
         for part, before in zip(contributions, sent, strict=True)
     )
+    if isinstance(fleet.aggregation, MultiKrum):  # which compares entry by entry
+        ranks = max((_largest_rank(part.back) for part in contributions), default=0)
+        changes = (
+            _in_whole(layout, part.structure, ranks, change)
+            for part, change in zip(contributions, changes, strict=True)
+        )
     devices = [reply.device for reply in replies]
     shares = merging.bounded(fleet, "adapter", devices, changes)
     return [
-        part if share == 1 else replace(part, back=merging.toward(before, part.back, share))
+        part
+        if share == 1
+        else replace(
+            part,
+            back=merging.toward(before, part.back, share),
+            weight=part.weight if share else 0.0,
+        )
         for part, before, share in zip(contributions, sent, shares, strict=True)
     ]
 
@@ -88,11 +102,8 @@ def average_factors(
         return _trimmed_factors(layout, before, contributions, how)
     merged: Tensors = {}
     for site in layout.sites:
-        owners = [part for part in contributions if a_name(site.path) in part.back]
-        for name, dim, kept in (
-            (a_name(site.path), 1, kept_columns),
-            (b_name(site.path), 0, kept_rows),
-        ):
+        owners = [part for part in contributions if part.weight and a_name(site.path) in part.back]
+        for name, dim, kept in _factors_of(site):
             total, weight = torch.zeros_like(before[name]), torch.zeros(before[name].shape[dim])
             ranks = before[name].shape[1 - dim]
             for part in owners:
@@ -115,13 +126,19 @@ def by_norm(contributions: Sequence[Contribution]) -> list[Contribution]:
     """The same contributions, each weighted in proportion to ||B A||_F of the adapter that came
     back, over all sites together.
 
-    Weights sum to 1 and replace the old ones; they are equal if no device has learnt anything.
+    Weights sum to 1 and replace the old ones, except those of 0; they are equal if no device has
+    learnt anything.
     Source: HetLoRA, Cho et al. 2024 (arXiv:2401.06432), which weighs by the norm and not by rows.
     """
-    norms = [product_norm(part.back) for part in contributions]
-    total = sum(norms)
-    shares = [norm / total if total > 0 else 1 / len(norms) for norm in norms]
-    return [replace(part, weight=share) for part, share in zip(contributions, shares, strict=True)]
+    counted = [part for part in contributions if part.weight > 0]
+    total = sum(product_norm(part.back) for part in counted)
+
+    def share(part: Contribution) -> float:
+        if part.weight == 0:
+            return 0.0
+        return product_norm(part.back) / total if total > 0 else 1 / len(counted)
+
+    return [replace(part, weight=share(part)) for part in contributions]
 
 
 def product_norm(adapter: Tensors) -> float:
@@ -216,6 +233,38 @@ def _returned_part(back: Tensors, adapter: Tensors) -> Tensors:
     return {name: adapter[name][tuple(map(slice, each.shape))] for name, each in back.items()}
 
 
+def _in_whole(
+    layout: PrunableLayout, structure: Structure, ranks: int, factors: Tensors
+) -> Tensors:
+    """Factors of a sub-model at their places in those of the whole model at rank `ranks`, NaN
+    elsewhere; sites that the adapter lacks stay away.
+    """
+    found: Tensors = {}
+    for site in layout.sites:
+        for name, dim, kept in _factors_of(site):
+            if name in factors:
+                shape = (ranks, site.columns) if dim == 1 else (site.rows, ranks)
+                place = _place(kept(site, structure), factors[name].shape[1 - dim], dim)
+                found[name] = torch.full(shape, torch.nan)
+                found[name][place] = factors[name]
+    return found
+
+
+def _factors_of(site: PrunableSite) -> tuple[tuple[str, int, Callable[..., Tensor | None]], ...]:
+    """A and B of a site: the name, the dimension in which it can be cut, and what is kept of it."""
+    return (a_name(site.path), 1, kept_columns), (b_name(site.path), 0, kept_rows)
+
+
+def _place(kept: Tensor | None, ranks: int, dim: int) -> tuple[slice | Tensor, slice | Tensor]:
+    """Where a factor of so many `ranks`, cut to the `kept` lines of `dim`, is in the whole one."""
+    lines = slice(None) if kept is None else kept
+    return (slice(ranks), lines) if dim == 1 else (lines, slice(ranks))
+
+
+def _largest_rank(adapter: Tensors) -> int:
+    return max((len(factor) for name, factor in adapter.items() if not is_b(name)), default=0)
+
+
 def _by_site(layout: PrunableLayout, function: Callable[[PrunableSite], Tensor]) -> Tensors:
     return dict(
         zip((site.path for site in layout.sites), spread(function, layout.sites), strict=True)
@@ -238,18 +287,13 @@ def _trimmed_factors(
     weights = torch.tensor([part.weight for part in contributions])
     found: Tensors = {}
     for site in layout.sites:
-        for name, dim, kept in (
-            (a_name(site.path), 1, kept_columns),
-            (b_name(site.path), 0, kept_rows),
-        ):
+        for name, dim, kept in _factors_of(site):
             values = torch.zeros(len(contributions), *before[name].shape)
             owned = torch.zeros(values.shape, dtype=torch.bool)
             for part, value, own in zip(contributions, values, owned, strict=True):
                 if name in part.back:
-                    index, factor = kept(site, part.structure), part.back[name].float()
-                    lines = slice(None) if index is None else index
-                    ranks = slice(factor.shape[1 - dim])
-                    place = (ranks, lines) if dim == 1 else (lines, ranks)
+                    factor = part.back[name].float()
+                    place = _place(kept(site, part.structure), factor.shape[1 - dim], dim)
                     value[place], own[place] = factor, True
             middle, settled = merging.trimmed(how, values, weights, owned)
             found[name] = torch.where(settled, middle, before[name])

@@ -31,6 +31,6 @@ def average_replies(
         )
         for reply in replies
     ]
-    parts = bounded(fleet, replies, parts)
+    parts = bounded(fleet, layout, replies, parts)
     mean = average_factors(layout, before, parts, fleet.aggregation)
     return fleet.server.step("adapter", before, mean)

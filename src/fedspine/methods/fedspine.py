@@ -295,10 +295,8 @@ class FedSpine(LocalTraining):
     ) -> SpineState:
         """The state after these replies, at the end of a round."""
         changed = [contribution(state.layout, reply) for reply in replies]
-        parts = {
-            reply.device: part
-            for reply, part in zip(replies, bounded(fleet, replies, changed), strict=True)
-        }
+        counted = bounded(fleet, state.layout, replies, changed)
+        parts = {reply.device: part for reply, part in zip(replies, counted, strict=True)}
         dense, adapter = merge(
             self.aggregation,
             state.layout,

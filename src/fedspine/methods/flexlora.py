@@ -116,7 +116,7 @@ class FlexLora(UnequalRanks):
             site.path: state.adapter[b_name(site.path)] @ state.adapter[a_name(site.path)]
             for site in state.layout.sites
         }
-        parts = bounded(fleet, replies, parts)
+        parts = bounded(fleet, state.layout, replies, parts)
         mean = mean_product(state.layout, before, parts, fleet.aggregation)
         dense = fleet.server.step("products", before, mean)
         return factor(state.layout, dense, self.ranks[-1], state.adapter, state.seed + state.round)

@@ -197,7 +197,7 @@ class HetLora(UnequalRanks):
             )
             for reply in replies
         ]
-        parts = bounded(fleet, replies, parts)
+        parts = bounded(fleet, state.layout, replies, parts)
         weighed = by_norm(parts) if self.weigh_by == "norm" else parts
         mean = average_factors(state.layout, state.adapter, weighed, fleet.aggregation)
         return fleet.server.step("adapter", state.adapter, mean)

@@ -147,7 +147,7 @@ def started(fields: HeadStart, head: Tensors, fleet: Fleet, *, rows: int) -> Ten
         fleet,
         "class means",
         [reply.device for reply in replies],
-        ({"means": r.value.means["means"][r.value.counts > 0]} for r in replies),
+        (_by_class(reply.value) for reply in replies),
     )
     return head_of(
         head,
@@ -182,11 +182,19 @@ def _remember_class_shares(fleet: Fleet, replies: Sequence[Reply[ClassMeans]]) -
     fleet.server.row_shares = fleet.server.row_shares | found
 
 
+def _by_class(found: ClassMeans) -> Tensors:
+    """The means of the classes that a device has rows of."""
+    return {str(each): found.means["means"][each] for each in found.counts.nonzero()[:, 0].tolist()}
+
+
 def _shortened_reply(reply: Reply[ClassMeans], share: float) -> Reply[ClassMeans]:
+    """The reply with a share of its means; of none, it has no rows either."""
     if share == 1:
         return reply
     means = {name: share * mean for name, mean in single(reply.value.means).items()}
-    return replace(reply, value=replace(reply.value, means=means))  # type: ignore[type-var]
+    counts = reply.value.counts if share else torch.zeros_like(reply.value.counts)
+    shortened = replace(reply.value, means=means, counts=counts)  # type: ignore[type-var]
+    return replace(reply, value=shortened)
 
 
 def _reads_the_mean(head: Tensors) -> bool:

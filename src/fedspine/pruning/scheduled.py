@@ -151,7 +151,7 @@ def prune_and_average(
     came = usable(fleet.ask(prune_and_tune, orders), fleet)
     replies = on_todays(came, head=state.head)
     changed = [contribution(state.layout, reply) for reply in replies]
-    parts = bounded(fleet, replies, changed)
+    parts = bounded(fleet, state.layout, replies, changed)
     for reply in replies:
         kept = sparsity(state.layout, reply.value.structure)
         fleet.note(device=reply.device, rank=fields.rank, sparsity=kept, loss=reply.value.loss)
