@@ -37,7 +37,7 @@ LOGITS = 1e-4
 
 
 def undecided(evidence, exact):
-    """How far the fleet's own coefficients may be from the `exact` ones of its evidence.
+    """How far the common coefficients may be from the `exact` ones of a fleet's evidence.
 
     With G the features' sums of squares, g its least eigenvalue and u = UNDECIDED of its trace,
     they are off by u (G + u)^-1 times the exact ones.
@@ -48,9 +48,9 @@ def undecided(evidence, exact):
 
 
 def ridge(evidence, exact):
-    """How far `coefficients(evidence, evidence)` may be from the `exact` ones of the evidence.
+    """How far the coefficients of a device alone may be from the `exact` ones of its evidence.
 
-    They are drawn to the best multiple of the fleet's, which is not further off than those, by
+    They are drawn to the best multiple of the common ones, which is not further off than those, by
     p / (p + g) of the way, with p = LIKE_THE_FLEET and g as above.
     """
     least = np.linalg.eigvalsh(evidence[:, :-1])[0]

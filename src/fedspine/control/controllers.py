@@ -175,7 +175,9 @@ class Deadline:
         if not known:  # any rank, so that its time becomes known
             return {id: warm_up(turn.limits, turn.rng) for id, turn in turns.items()}
         limits = {id: turn.binding for id, turn in turns.items()}
-        coefficients = coefficients_of(known, limits)
+        coefficients = coefficients_of(
+            {device: model.evidence for device, model in known.items()}, limits
+        )
 
         def predict(device: str, sparsity: float, ranks: Sequence[int]) -> list[float]:
             largest = limits[device].ranks[-1]

@@ -2,8 +2,8 @@
 
 The option `rls` of FedSpine (reconstructed), section 4: seconds = a * (1 - sparsity) + b * rank + c
 is fitted to each device by recursive least squares with forgetting. In information form the
-evidence is a sum of outer products, so it can be added up over devices: a device with few rounds is
-assumed to be like the fleet.
+evidence is a sum of outer products, so it can be added up: a device with few rounds is assumed to
+be like the fleet, but for its speed. What the fleet has in common is learnt within devices [ours].
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,6 +23,7 @@ LIKE_THE_FLEET = 0.1  # plays' worth of the fleet's coefficients in each device'
 # A fleet that has only ever run unpruned cannot tell a from c; so small a weight shares its time
 # out evenly.
 UNDECIDED = 1e-6
+ITERATIONS = 20  # of the common coefficients, each of which refits the speeds
 
 
 @message
@@ -59,42 +60,66 @@ def add(
     return discount * evidence + np.outer(features, [*features, seconds])
 
 
-def coefficients(own: Evidence, fleet: Evidence) -> NDArray[np.float64]:
-    """a, b and c of a device, none negative, from its own evidence and the sum over the fleet's;
-    for a stack of devices, [..., 3] from [..., 3, 4].
+def common_coefficients(evidence: NDArray[np.float64]) -> NDArray[np.float64]:
+    """a, b and c of a device of middling speed, none negative, from the evidence of all, [devices,
+    3, 4]; zeros where nothing is known.
 
-    What the device's own rounds do not determine comes from the fleet's coefficients, scaled by how
-    much slower or faster the device was in its rounds.
+    Their ratios are those with which devices' own rounds agree best, each at a speed of its own.
+    Devices are compared with themselves alone: the slower ones are given less to do, so that across
+    devices work would seem to take no time.
     """
-    undecided = UNDECIDED * max(np.trace(fleet[:, :FEATURES]), 1.0) * np.eye(FEATURES)
-    common = _least_squares(fleet[:, :FEATURES] + undecided, fleet[:, FEATURES])
-    # of its squared times, if it were as fast as the fleet
-    expected = _form(common, own[..., :FEATURES], common)
-    moment = own[..., FEATURES]
-    slowdown = np.ones_like(expected)
-    np.divide(_dot(common, moment), expected, out=slowdown, where=expected > 0)
+    evidence = evidence[evidence[:, -1, FEATURES] > 0]  # of those that took any time
+    if not len(evidence):
+        return np.zeros(FEATURES)
+    gram, moment = evidence[..., :FEATURES], evidence[..., FEATURES]
+    everybody = gram.sum(0)
+    everybody += UNDECIDED * max(np.trace(everybody), 1.0) * np.eye(FEATURES)
+    common = np.ones(FEATURES)
+    for _ in range(ITERATIONS):
+        slowness = _slowness(common, gram, moment)
+        common = _least_squares(everybody, (moment / slowness[:, None]).sum(0))
+    return float(np.median(_slowness(common, gram, moment))) * common
+
+
+def coefficients(own: Evidence, common: NDArray[np.float64]) -> NDArray[np.float64]:
+    """a, b and c of a device, none negative, from its own evidence and the `common` ones [3]; for a
+    stack of devices, [..., 3] from [..., 3, 4].
+
+    What the device's own rounds do not determine comes from the common ones, scaled by how much
+    slower or faster the device was in its rounds.
+    """
+    gram, moment = own[..., :FEATURES], own[..., FEATURES]
+    usual = _slowness(common, gram, moment)[..., None] * common
     prior = LIKE_THE_FLEET * np.eye(FEATURES)
-    return _least_squares(
-        own[..., :FEATURES] + prior, moment + LIKE_THE_FLEET * (slowdown[..., None] * common)
-    )
+    return _least_squares(gram + prior, moment + LIKE_THE_FLEET * usual)
 
 
 def coefficients_of(
-    known: Mapping[str, LatencyModel], devices: Iterable[str]
+    evidence: Mapping[str, Evidence], devices: Iterable[str]
 ) -> dict[str, NDArray[np.float64]]:
-    """The coefficients of these devices; one that has never replied gets those of the fleet."""
-    fleet = sum((each.evidence for each in known.values()), no_evidence())
-    own = {
-        device: known[device].evidence if device in known else no_evidence() for device in devices
-    }
+    """The coefficients of these devices, from what is known of any; one that has never replied gets
+    the common ones.
+    """
+    common = common_coefficients(np.stack([no_evidence(), *evidence.values()]))
+    own = {device: evidence.get(device, no_evidence()) for device in devices}
     if not own:
         return {}
-    return dict(zip(own, coefficients(np.stack(list(own.values())), fleet), strict=True))
+    return dict(zip(own, coefficients(np.stack(list(own.values())), common), strict=True))
 
 
 def predicted(coefficients: NDArray[np.float64], *, sparsity: float, rank: float) -> float:
     """Seconds of a round at a sparsity and a share of the largest rank."""
     return float(_features(sparsity, rank) @ coefficients)
+
+
+def _slowness(
+    common: NDArray[np.float64], gram: NDArray[np.float64], moment: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """How many times as long as the common coefficients say each of a stack of devices took, in
+    least squares; 1 where they say nothing.
+    """
+    took, expected = _dot(common, moment), _form(common, gram, common)
+    return np.divide(took, expected, out=np.ones_like(expected), where=(expected > 0) & (took > 0))
 
 
 def _features(sparsity: float, rank: float) -> NDArray[np.float64]:

@@ -327,7 +327,8 @@ class Forecast:
 
     def __init__(self, times: Mapping[str, np.ndarray]) -> None:
         self._times = times
-        self._fleet = sum(times.values(), latency_model.no_evidence())
+        every = [latency_model.no_evidence(), *times.values()]
+        self._common = latency_model.common_coefficients(np.stack(every))
 
     def seconds(self, device: DeviceId, *, work: float, drop: float) -> float:
         """Of a round of `work` usual rounds' steps; 0 where nothing is known of any device."""
@@ -341,5 +342,5 @@ class Forecast:
 
     def _coefficients(self, device: DeviceId) -> np.ndarray:
         return latency_model.coefficients(
-            self._times.get(device, latency_model.no_evidence()), self._fleet
+            self._times.get(device, latency_model.no_evidence()), self._common
         )
