@@ -45,7 +45,7 @@ class Job:
 
 JOBS = {
     "minilm": Job(
-        FedSpine(ranks=(4, 8, 12, 16), steps=10, batch=16), 32, 10, 3, 384, 1536, 20, 310_000
+        FedSpine(ranks=(4, 8, 12, 16), steps=10, batch=16), 32, 10, 3, 384, 1536, 20, 5_000
     ),
     "roberta": Job(FedSpine(), 50, 80, 12, 768, 3072, 128, 1_180_000),
 }
@@ -111,16 +111,17 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
     for round in range(job.rounds):
         state.round = round
 
-        def foresee(id: str, sparsity: float, wanted: Any, round: int = round) -> list[float]:
+        def exchanges(id: str, sparsity: float, wanted: Any, round: int = round) -> list[Any]:
+            """The cost of an exchange at each rank, and what it takes."""
             structure = state.structures.get(id, full(layout))
             costs = forecast(
                 layout, structure, frame, sparsity=sparsity, target=method.sparsity, ranks=wanted
             )
-            place = ids.index(id)
-            return [
-                hardware.seconds(place, round=round, ask=asked[id], **vars(cost)).total
-                for cost in costs
-            ]
+            when = {"round": round, "ask": asked[id]}
+            return [(cost, hardware.seconds(ids.index(id), **when, **vars(cost))) for cost in costs]
+
+        def foresee(id: str, sparsity: float, wanted: Any) -> list[float]:
+            return [timing.total for _, timing in exchanges(id, sparsity, wanted)]
 
         chosen = [
             ids[i] for i in sorted(turns[round * job.per_round : (round + 1) * job.per_round])
@@ -131,12 +132,18 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
         plans = method.controller.plan(turns_now, state.device_models, foresee)
         results = {}
         for id, plan in plans.items():
-            seconds = foresee(id, plan.sparsity, [plan.rank])[0]
+            ((cost, timing),) = exchanges(id, plan.sparsity, [plan.rank])
             gain = (
                 0.05 * np.log(plan.rank) / 3 - 0.02 * plan.progress + 0.03 * rng.standard_normal()
             )
             results[id] = PlanResult(
-                plan, seconds, gain, importance=plan.rank**0.5, effective_rank=1.0
+                plan,
+                timing.total,
+                gain,
+                importance=plan.rank**0.5,
+                effective_rank=1.0,
+                compute_seconds=timing.compute,
+                bytes=cost.bytes_down + cost.bytes_up,
             )
             before = state.structures.get(id, full(layout))
             if plan.sparsity > 0:

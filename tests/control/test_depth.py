@@ -7,12 +7,6 @@ from hypothesis import strategies as st
 
 from fedspine.control.depth import DepthPlanner, choose_depths, own_ranks, rising_ranks
 from fedspine.control.device_times import timed
-from fedspine.control.latency_model import (
-    add,
-    coefficients,
-    common_coefficients,
-    no_evidence,
-)
 from fedspine.core.fleet import Cost
 
 RULES = ("barrier-floor", "align-fastest", "tiers", "fixed")
@@ -158,18 +152,3 @@ def test_a_device_with_a_slow_link_cuts_its_ranks_to_be_done_with_half_of_the_de
     # done with the others, which one more rank of each block would not be
     a_rank = link / (28 - sum(cut))
     assert own.seconds["slow"] <= own.seconds["a"] < own.seconds["slow"] + 4 * a_rank
-
-
-def test_a_stack_of_devices_has_the_coefficients_of_each() -> None:
-    """To the last bit: how many devices a round asks changes no device's depth."""
-    rng, evidence = np.random.default_rng(0), []
-    for rounds in (0, 1, 2, 5, 9):  # none, too few, and enough to tell the three apart
-        own, costs = no_evidence(), rng.uniform(0, 20, 3) * [1, 1, rounds != 5]
-        for _ in range(rounds):
-            seen = np.array([1.0, rng.integers(1, 7) / 6, rng.random()])
-            own = add(own, seen, float(seen @ costs), discount=0.8)
-        evidence.append(own)
-    common = common_coefficients(np.stack(evidence))
-    found = coefficients(np.stack(evidence), common)
-    assert found.tolist() == [coefficients(own, common).tolist() for own in evidence]
-    assert (found >= 0).all()

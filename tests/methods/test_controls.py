@@ -318,53 +318,75 @@ TRUE = {
     "a": (1.0, 3.0, 0.5),
     "b": (4.0, 1.0, 0.2),
     "c": (2.0, 9.0, 1.0),
-}  # seconds per 1 - sparsity, rank, round
+}  # seconds of computing per 1 - sparsity, rank, round
+MEGABYTES = (0.0, 2.0, 0.5)  # likewise, of every device
+LINKS = {"a": 1.0, "b": 4.0, "c": 0.5}  # seconds of a megabyte
 
 
-def reports(device, plays, discount=1.0, noise=0.0):
+def observed(before, cost, link, *, sparsity, rank, discount=1.0):
+    """The evidence after a round of a device that computes and sends at these costs."""
+    megabytes = predicted(np.array(MEGABYTES), sparsity=sparsity, rank=rank)
+    computing = predicted(np.array(cost), sparsity=sparsity, rank=rank)
+    return observe(
+        before,
+        sparsity=sparsity,
+        rank=rank,
+        seconds=computing + link * megabytes,
+        compute_seconds=computing,
+        bytes=round(1e6 * megabytes),
+        discount=discount,
+    )
+
+
+def reports(device, plays):
     rng, evidence = np.random.default_rng([len(device), ord(device)]), no_evidence()
     for _ in range(plays):
         s, r = rng.uniform(0, 0.5), rng.choice([0.25, 0.5, 0.75, 1.0])
-        seconds = predicted(np.array(TRUE[device]), sparsity=s, rank=r) * math.exp(
-            noise * rng.standard_normal()
-        )
-        evidence = observe(evidence, sparsity=s, rank=r, seconds=seconds, discount=discount)
+        evidence = observed(evidence, TRUE[device], LINKS[device], sparsity=s, rank=r)
     return evidence
 
 
-def alone(evidence):
-    """The coefficients of a device that is the whole fleet."""
-    return coefficients_of({"alone": evidence}, ["alone"])["alone"]
+def truth(cost, link):
+    return np.array(cost) + link * np.array(MEGABYTES)
 
 
 def test_known_coefficients_are_recovered():
     learnt = {device: reports(device, 1000) for device in TRUE}
-    common = common_coefficients(np.stack(list(learnt.values())))
+    largest = 2 * max(np.linalg.norm(cost) for cost in TRUE.values())
     for device, found in coefficients_of(learnt, TRUE).items():
         # ridge regression is off by at most prior / (prior + least eigenvalue) of the distance to
-        # where it is drawn to; which is a multiple of the common ones, at most four times them
-        gram = learnt[device][:, :3]
-        drawn = 4 * np.linalg.norm(common) + np.linalg.norm(TRUE[device])
-        allowed = LIKE_THE_FLEET / (LIKE_THE_FLEET + np.linalg.eigvalsh(gram)[0]) * drawn
+        # where it is drawn to, a multiple of the common ones that takes this device as long
+        gram = learnt[device][:3, :3]
+        allowed = LIKE_THE_FLEET / (LIKE_THE_FLEET + np.linalg.eigvalsh(gram)[0]) * largest
+        # a link that never varies is known as well as its logarithm's sum of squares is: 1e-4
+        allowed += 1e-4 * LINKS[device] * np.linalg.norm(MEGABYTES)
         assert allowed < 0.5
-        assert np.linalg.norm(found - TRUE[device]) <= allowed
+        assert np.linalg.norm(found - truth(TRUE[device], LINKS[device])) <= allowed
 
 
 def test_a_device_alone_is_fitted_exactly_and_follows_a_change():
-    evidence = reports("a", 50)
-    truth, before = np.array(TRUE["a"]), evidence
-    assert np.linalg.norm(alone(evidence) - truth) <= ridge(evidence, truth)
+    evidence, cost = reports("a", 50), np.array(TRUE["a"])
+    gram = evidence[:3, :3]
+
+    def computing(evidence):
+        everything = (evidence[None, :3, :3], evidence[None, :3, 3])
+        return coefficients(*everything, common_coefficients(*everything))[0]
+
+    assert np.linalg.norm(computing(evidence) - cost) <= ridge(gram, cost)
     # from then on everything takes four times as long, at any of these plans
+    before = evidence
     for turn in range(80):
         s, r = 0.1 * (turn % 5), 0.25 * (1 + turn % 4)
-        seconds = 4 * predicted(truth, sparsity=s, rank=r)
-        evidence = observe(evidence, sparsity=s, rank=r, seconds=seconds, discount=0.9)
+        evidence = observed(evidence, 4 * cost, 4.0, sparsity=s, rank=r, discount=0.9)
     # the old evidence is left with 0.9^80 = 0.0002 of its say: so much of three times the truth is
     # missing
-    missing = 3 * 0.9**80 * before[:, :3] @ truth
-    expected = 4 * truth - np.linalg.solve(evidence[:, :3], missing)
-    assert np.linalg.norm(expected / truth - 4) < 0.05
-    assert np.linalg.norm(alone(evidence) - expected) <= ridge(evidence, expected)
+    gram = evidence[:3, :3]
+    missing = 3 * 0.9**80 * before[:3, :3] @ cost
+    expected = 4 * cost - np.linalg.solve(gram, missing)
+    assert np.linalg.norm(expected / cost - 4) < 0.05
+    assert np.linalg.norm(computing(evidence) - expected) <= ridge(gram, expected)
+    total = coefficients_of({"a": evidence}, ["a"])["a"]
+    assert total == pytest.approx(truth(4 * cost, 4.0), rel=0.05)
 
 
 def test_what_work_costs_is_learnt_though_slow_devices_are_given_less():
@@ -372,45 +394,89 @@ def test_what_work_costs_is_learnt_though_slow_devices_are_given_less():
     more of the model seems to take less time.
     """
     usual, learnt, rng = np.array([2.0, 3.0, 0.5]), {}, np.random.default_rng(0)
-    for i, speed in enumerate((0.1, 0.3, 1.0, 3.0, 10.0)):
+    speeds = (0.1, 0.3, 1.0, 3.0, 10.0)
+    for i, speed in enumerate(speeds):
         evidence = no_evidence()
         for _ in range(10):
             s, r = rng.uniform(0.15 * i, 0.15 * i + 0.3), rng.uniform(0.1, 1 - 0.15 * i)
-            seconds = speed * predicted(usual, sparsity=s, rank=r)
-            evidence = observe(evidence, sparsity=s, rank=r, seconds=seconds, discount=1.0)
+            evidence = observed(evidence, speed * usual, speed, sparsity=s, rank=r)
         learnt[str(speed)] = evidence
     everybody = sum(learnt.values())
-    across = np.linalg.lstsq(everybody[:, :3], everybody[:, 3], rcond=None)[0]
+    across = np.linalg.lstsq(everybody[:3, :3], everybody[:3, 3], rcond=None)[0]
     assert across[0] < 0
-    for speed, found in coefficients_of(learnt, ["0.1", "1.0", "10.0", "new"]).items():
-        at = usual if speed == "new" else float(speed) * usual
+    for speed, found in coefficients_of(learnt, learnt).items():
         for s, r in ((0.0, 1.0), (0.0, 0.1), (0.6, 1.0), (0.6, 0.1)):
             # what the iterations leave of where they began, that all three cost the same
             assert predicted(found, sparsity=s, rank=r) == pytest.approx(
-                predicted(at, sparsity=s, rank=r), rel=0.02
+                float(speed) * predicted(truth(usual, 1.0), sparsity=s, rank=r), rel=0.02
+            )
+
+
+def test_of_one_round_the_bytes_tell_what_a_rank_costs():
+    """Devices that were seen once, all unpruned: most of the time is the link's."""
+    learnt = {
+        device: observed(no_evidence(), (0.0, 0.0, 0.1), link, sparsity=0.0, rank=rank)
+        for device, link, rank in (("a", 10.0, 0.25), ("b", 10.0, 1.0), ("c", 10.0, 0.5))
+    }
+    found = coefficients_of(learnt, ["a", "new"])
+    for device in ("a", "new"):
+        for rank in (0.25, 1.0):
+            # of the 0.1 s of computing nobody can tell yet how much is the rank's
+            assert predicted(found[device], sparsity=0.0, rank=rank) == pytest.approx(
+                0.1 + 10 * predicted(np.array(MEGABYTES), sparsity=0.0, rank=rank), abs=0.1
             )
 
 
 def test_a_device_of_which_little_is_known_is_slow_or_fast_in_everything():
     learnt = {device: reports(device, 50) for device in "ab"}
-    common = coefficients_of(learnt, ["new"])["new"]
-    seconds = 5 * predicted(common, sparsity=0.0, rank=0.25)
-    slow = observe(no_evidence(), sparsity=0.0, rank=0.25, seconds=seconds, discount=1.0)
-    assert coefficients(slow, common).tolist() == pytest.approx((5 * common).tolist())
+    moments = np.stack(list(learnt.values()))
+    common = common_coefficients(moments[:, :3, :3], moments[:, :3, 3])
+    slow = observed(no_evidence(), 5 * common, 1.0, sparsity=0.0, rank=0.25)
+    found = coefficients(slow[:3, :3], slow[:3, 3], common)
+    assert found.tolist() == pytest.approx((5 * common).tolist())
 
 
-@given(st.lists(st.tuples(st.floats(0, 0.5), st.floats(0.1, 1), st.floats(0, 100)), max_size=8))
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 0.5), st.floats(0.1, 1), st.floats(0, 100), st.integers(0, 10**9)),
+        max_size=8,
+    )
+)
 def test_more_work_never_takes_less_time(plays):
     own = no_evidence()
-    for s, r, seconds in plays:
-        own = observe(own, sparsity=s, rank=r, seconds=seconds, discount=0.95)
-    for found in coefficients_of({"own": own, "a": reports("a", 3)}, ["own", "new"]).values():
+    for s, r, seconds, bytes in plays:
+        own = observe(
+            own,
+            sparsity=s,
+            rank=r,
+            seconds=seconds,
+            compute_seconds=seconds / 2,
+            bytes=bytes,
+            discount=0.95,
+        )
+    known = {"a": reports("a", 3)} | ({"own": own} if plays else {})
+    for found in coefficients_of(known, ["own", "new"]).values():
         assert (found >= 0).all() and np.isfinite(found).all()
+
+
+def test_what_an_earlier_version_kept_is_passed_over():
+    old, cost = np.ones((3, 4)), {"seconds": 2.0, "compute_seconds": 1.0, "bytes": 10}
+    assert coefficients_of({"a": old}, ["a"])["a"].tolist() == [0.0, 0.0, 0.0]
+    again = observe(old, sparsity=0.0, rank=1.0, discount=0.9, **cost)
+    assert (again == observe(no_evidence(), sparsity=0.0, rank=1.0, discount=0.9, **cost)).all()
 
 
 def test_times_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="finite seconds"):
-        observe(no_evidence(), sparsity=0.0, rank=1.0, seconds=math.nan, discount=1.0)
+        observe(
+            no_evidence(),
+            sparsity=0.0,
+            rank=1.0,
+            seconds=math.nan,
+            compute_seconds=0.0,
+            bytes=1,
+            discount=1.0,
+        )
 
 
 def test_the_deadline_sees_nothing_but_reported_times(lab):

@@ -36,22 +36,21 @@ TINY = rounding(TINY_SUMS)
 LOGITS = 1e-4
 
 
-def undecided(evidence, exact):
-    """How far the common coefficients may be from the `exact` ones of a fleet's evidence.
+def undecided(gram, exact):
+    """How far the common coefficients of a device alone may be from its `exact` ones.
 
-    With G the features' sums of squares, g its least eigenvalue and u = UNDECIDED of its trace,
-    they are off by u (G + u)^-1 times the exact ones.
+    With G = `gram`, the features' sums of squares, g its least eigenvalue and u = UNDECIDED of its
+    trace, they are off by u (G + u)^-1 times the exact ones.
     """
-    gram = evidence[:, :-1]
     weight = UNDECIDED * max(np.trace(gram), 1.0)
     return weight / np.linalg.eigvalsh(gram)[0] * float(np.linalg.norm(exact))
 
 
-def ridge(evidence, exact):
-    """How far the coefficients of a device alone may be from the `exact` ones of its evidence.
+def ridge(gram, exact):
+    """How far the coefficients of a device alone may be from its `exact` ones.
 
     They are drawn to the best multiple of the common ones, which is not further off than those, by
     p / (p + g) of the way, with p = LIKE_THE_FLEET and g as above.
     """
-    least = np.linalg.eigvalsh(evidence[:, :-1])[0]
-    return LIKE_THE_FLEET / (LIKE_THE_FLEET + least) * undecided(evidence, exact)
+    least = np.linalg.eigvalsh(gram)[0]
+    return LIKE_THE_FLEET / (LIKE_THE_FLEET + least) * undecided(gram, exact)

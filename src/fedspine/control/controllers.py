@@ -203,6 +203,8 @@ class Deadline:
                     sparsity=result.plan.sparsity,
                     rank=result.plan.rank / largest_rank,
                     seconds=result.seconds,
+                    compute_seconds=result.compute_seconds,
+                    bytes=result.bytes,
                     discount=self.discount,
                 )
             )

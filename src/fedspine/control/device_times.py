@@ -7,11 +7,8 @@ the number of blocks with an adapter, takes
     seconds = a * work + b * work * k / layers + bytes * exp(link),
 
 where a is the forward pass of all blocks, b the backward pass of all, and `link` the logarithm of
-what a byte takes; `work` is 1 for a whole round and less for a probe of a few batches. Links are
-logarithms since their speed changes by factors: what one exchange's link will be is then normal
-around the device's mean, which is in turn normal around the fleet's. The mean of a device that was
-seldom seen is drawn to the fleet's, and one that was never seen counts as the fleet does, with the
-fleet's spread [ours].
+what a byte takes (`control/links.py`); `work` is 1 for a whole round and less for a probe of a few
+batches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,19 +17,16 @@ from functools import cache
 from math import erfc, log
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fedspine.control.links import Array, expected_links, log_of_byte, noise_within, ratio
 from fedspine.core.fleet import Cost
 from fedspine.core.message import message
-
-Array = NDArray[np.float64]
 
 LIKE_THE_FLEET = 0.1  # exchanges' worth of the fleet's split of computing in each device's
 # shares of the backward pass that are tried; without evidence it is as long as the forward pass, as
 # input gradients are
 SHARES = np.linspace(0.0, 1.0, 101)
 EQUAL = 0.5
-LEAST_SECONDS = 1e-3  # of traffic, whose logarithm is taken
 STEPS = 40  # of bisection, each of which halves the interval
 
 
@@ -71,8 +65,11 @@ def timed(
 
     `full_bytes` is the traffic of full depth, `work` the share of a round's batches.
     """
-    sending = max(cost.seconds - cost.compute_seconds, LEAST_SECONDS)
-    link = log(sending * full_bytes / (cost.bytes_down + cost.bytes_up))
+    link = log(full_bytes) + log_of_byte(
+        seconds=cost.seconds,
+        compute_seconds=cost.compute_seconds,
+        bytes=cost.bytes_down + cost.bytes_up,
+    )
     seen = np.array([1.0, work, work * depth / layers, cost.compute_seconds, link])
     moments, squares = np.outer(seen, seen), 1.0
     if isinstance(before, DeviceTimes):
@@ -113,13 +110,13 @@ def _computing(moments: Array, squares: Array, depths: Array) -> tuple[Array, Ar
     weights, gram, moment = moments[:, 0, 0], moments[:, 1:3, 1:3], moments[:, 1:3, 3]
     squared = moments[:, 3, 3]
     split = _split(gram, moment)
-    slowness = _ratio(moment @ split, _form(gram, split))
+    slowness = ratio(moment @ split, _form(gram, split))
     costs = _two_nonnegative(
         gram + LIKE_THE_FLEET * np.eye(2), moment + LIKE_THE_FLEET * slowness[:, None] * split
     )
     left = squared - 2 * (costs * moment).sum(-1) + _form(gram, costs)
-    spread = _ratio(slowness.var(), slowness.mean() ** 2)
-    noise = _noise(_ratio(left * weights, squared), weights, squares, spread)
+    spread = ratio(slowness.var(), slowness.mean() ** 2)
+    noise = noise_within(ratio(left * weights, squared), weights, squares, spread)
     table = costs @ np.stack([np.ones_like(depths), depths])
     doubt = noise * (1 + squares / weights**2)
     mean, between = table.mean(0), table.var(0)
@@ -131,19 +128,9 @@ def _computing(moments: Array, squares: Array, depths: Array) -> tuple[Array, Ar
 
 def _sending(moments: Array, squares: Array, traffic: Array) -> tuple[Array, Array]:
     """Seconds of traffic and their variance, [devices + 1, depths]; the last is a new device."""
-    weights = moments[:, 0, 0]
-    means = moments[:, 0, 4] / weights
-    left = moments[:, 4, 4] - weights * means**2
-    total = means.var(ddof=1) if len(means) > 1 else 0.0
-    noise = _noise(left, weights, squares, total)
-    doubt = noise * squares / weights**2  # the variance of a device's mean
-    between = max(total - doubt.mean(), 0.0)
-    trust = _ratio(between, between + doubt)
-    means = np.append(means.mean() + trust * (means - means.mean()), means.mean())
-    variance = noise + between * (1 - np.append(trust, 0.0))
-    factor = np.exp(means + variance / 2)
+    factor, variance = expected_links(moments[:, 0, 0], squares, moments[:, 0, 4], moments[:, 4, 4])
     table = factor[:, None] * traffic
-    return table, np.expm1(variance)[:, None] * table**2
+    return table, variance[:, None] * table**2
 
 
 def _split(gram: Array, moment: Array) -> Array:
@@ -155,16 +142,8 @@ def _split(gram: Array, moment: Array) -> Array:
     splits = np.stack([1 - SHARES, SHARES])
     explained = np.square(moment @ splits) / np.einsum("is,dij,js->ds", splits, gram, splits)
     level = explained[:, SHARES == EQUAL]
-    fit = _ratio(explained, level).sum(0) - 1e-9 * np.square(SHARES - EQUAL)
+    fit = ratio(explained, level).sum(0) - 1e-9 * np.square(SHARES - EQUAL)
     return splits[:, np.argmax(fit)]
-
-
-def _noise(left: Array, weights: Array, squares: Array, spread: float) -> float:
-    """The variance of one exchange around its device's mean, from all devices' squared residuals
-    `left`. As long as devices were seen once, it is half of the `spread` between them.
-    """
-    freedom = (weights - squares / weights).sum()
-    return float((left.sum() + spread / 2) / (freedom + 1))
 
 
 def median_of_longest(seconds: Array, variance: Array) -> float:
@@ -178,7 +157,7 @@ def median_of_longest(seconds: Array, variance: Array) -> float:
     >>> [round(median_of_longest(times, v * times**2), 2) for v in (0.0, 0.09)]
     [1.0, 1.12]
     """
-    spread = np.log1p(_ratio(variance, seconds**2))
+    spread = np.log1p(ratio(variance, seconds**2))
     means, sigma = np.log(seconds) - spread / 2, np.sqrt(spread)
     low, high = float(means.max()), float((means + 8 * sigma).max())
     at, logs = _log_of_normal_cdf()
@@ -212,9 +191,3 @@ def _two_nonnegative(gram: Array, moment: Array) -> Array:
 def _form(gram: Array, vector: Array) -> Array:
     """vector^T gram vector of each of a stack."""
     return np.einsum("...i,...ij,...j->...", vector, gram, vector)
-
-
-def _ratio(above: Array | float, below: Array | float) -> Array:
-    """A quotient, 0 where nothing is divided by nothing."""
-    below = np.asarray(below)
-    return np.divide(above, below, out=np.zeros(np.broadcast(above, below).shape), where=below > 0)

@@ -1,9 +1,11 @@
 """A latency model of each device, fitted to the times that it reported.
 
-The option `rls` of FedSpine (reconstructed), section 4: seconds = a * (1 - sparsity) + b * rank + c
-is fitted to each device by recursive least squares with forgetting. In information form the
-evidence is a sum of outer products, so it can be added up: a device with few rounds is assumed to
-be like the fleet, but for its speed. What the fleet has in common is learnt within devices [ours].
+The option `rls` of FedSpine (reconstructed), section 4, fits seconds = a * (1 - sparsity) +
+b * rank + c to each device by recursive least squares with forgetting. Here the seconds of
+computing are fitted so, and those of traffic are the bytes times what a byte takes on the device's
+link [ours]. A device with few rounds is assumed to be like the fleet, but for its speed, and what
+the fleet has in common is learnt within devices [ours]. In information form the evidence is a sum
+of outer products, so it can be added up.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,14 +14,22 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from fedspine.control.links import expected_links, log_of_byte
 from fedspine.core.message import message
 
-Evidence = NDArray[
-    np.float64
-]  # [3, 4]: discounted sums of features x features and features x seconds
+Evidence = NDArray[np.float64]  # [6, 6]: discounted sums of the products of what SEEN names
 
-FEATURES = 3  # 1 - sparsity, rank over the largest, 1
-LIKE_THE_FLEET = 0.1  # plays' worth of the fleet's coefficients in each device's
+SEEN = (
+    "1 - sparsity",
+    "rank over the largest",
+    "1",
+    "seconds of computing",
+    "log of a byte's",
+    "MB",
+)
+FEATURES = 3  # the first ones
+COMPUTING, LINK, TRAFFIC = range(FEATURES, len(SEEN))
+LIKE_THE_FLEET = 0.1  # plays' worth of the common coefficients in each device's
 # A fleet that has only ever run unpruned cannot tell a from c; so small a weight shares its time
 # out evenly.
 UNDECIDED = 1e-6
@@ -34,46 +44,78 @@ class LatencyModel:
 
 
 def no_evidence() -> Evidence:
-    return np.zeros((FEATURES, FEATURES + 1))
+    return np.zeros((len(SEEN), len(SEEN)))
 
 
 def observe(
-    evidence: Evidence, *, sparsity: float, rank: float, seconds: float, discount: float
+    evidence: Evidence,
+    *,
+    sparsity: float,
+    rank: float,
+    seconds: float,
+    compute_seconds: float,
+    bytes: int,
+    discount: float,
 ) -> Evidence:
     """The evidence after one more round, the older ones discounted; `rank` is a share of the
-    largest.
+    largest. What an earlier version kept is forgotten.
 
-    Raises ValueError for a time that is not finite.
+    Raises ValueError for times that are not finite.
 
-    >>> observe(no_evidence(), sparsity=0.5, rank=1.0, seconds=4.0, discount=0.9)[0].tolist()
-    [0.25, 0.5, 0.5, 2.0]
+    >>> cost = {"seconds": 4.0, "compute_seconds": 3.0, "bytes": 10**6}
+    >>> observe(no_evidence(), sparsity=0.5, rank=1.0, discount=0.9, **cost)[0, :4].tolist()
+    [0.25, 0.5, 0.5, 1.5]
     """
-    if not np.isfinite(seconds):
-        raise ValueError(f"expected finite seconds, got {seconds}")
-    return add(evidence, _features(sparsity, rank), seconds, discount)
+    if not np.isfinite([seconds, compute_seconds]).all():
+        raise ValueError(f"expected finite seconds, got {seconds} and {compute_seconds}")
+    link = log_of_byte(seconds=seconds, compute_seconds=compute_seconds, bytes=bytes)
+    seen = [*_features(sparsity, rank), compute_seconds, link, bytes / 1e6]
+    before = evidence if evidence.shape == (len(SEEN), len(SEEN)) else no_evidence()
+    return discount * before + np.outer(seen, seen)
 
 
-def add(
-    evidence: Evidence, features: NDArray[np.float64], seconds: float, discount: float
-) -> Evidence:
-    """The evidence after one more exchange with these `features` [3], the older ones discounted."""
-    return discount * evidence + np.outer(features, [*features, seconds])
+def coefficients_of(
+    evidence: Mapping[str, Evidence], devices: Iterable[str]
+) -> dict[str, NDArray[np.float64]]:
+    """a, b and c of these devices, none negative, from what is known of any; zeros where nothing
+    is.
+
+    What a device's own rounds do not determine of its computing comes from the common coefficients,
+    at its speed. One that has never replied has a middling speed and a middling link.
+    """
+    wanted = list(devices)
+    known = {id: each for id, each in evidence.items() if each.shape == no_evidence().shape}
+    if not known:
+        return {device: np.zeros(FEATURES) for device in wanted}
+    moments = np.stack([*known.values(), no_evidence()])  # the last one is of a new device
+    own = moments[:-1]
+    weights = own[:, FEATURES - 1, FEATURES - 1]
+    links, _ = expected_links(weights, weights, own[:, FEATURES - 1, LINK], own[:, LINK, LINK])
+    gram, computing = moments[:, :FEATURES, :FEATURES], moments[:, :FEATURES, COMPUTING]
+    common = common_coefficients(gram[:-1], computing[:-1])
+    everybody = gram.sum(0)
+    megabytes = _least_squares(everybody + _undecided(everybody), own[:, :FEATURES, TRAFFIC].sum(0))
+    found = coefficients(gram, computing, common) + 1e6 * links[:, None] * megabytes
+    places = {id: place for place, id in enumerate(known)}
+    return {device: found[places.get(device, len(known))] for device in wanted}
 
 
-def common_coefficients(evidence: NDArray[np.float64]) -> NDArray[np.float64]:
-    """a, b and c of a device of middling speed, none negative, from the evidence of all, [devices,
-    3, 4]; zeros where nothing is known.
+def common_coefficients(
+    gram: NDArray[np.float64], moment: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The coefficients of a device of middling speed, from the sums of all devices, [devices, 3, 3]
+    and [devices, 3]; zeros where nothing took any time.
 
     Their ratios are those with which devices' own rounds agree best, each at a speed of its own.
     Devices are compared with themselves alone: the slower ones are given less to do, so that across
     devices work would seem to take no time.
     """
-    evidence = evidence[evidence[:, -1, FEATURES] > 0]  # of those that took any time
-    if not len(evidence):
+    timed = moment[:, -1] > 0
+    gram, moment = gram[timed], moment[timed]
+    if not len(gram):
         return np.zeros(FEATURES)
-    gram, moment = evidence[..., :FEATURES], evidence[..., FEATURES]
     everybody = gram.sum(0)
-    everybody += UNDECIDED * max(np.trace(everybody), 1.0) * np.eye(FEATURES)
+    everybody = everybody + _undecided(everybody)
     common = np.ones(FEATURES)
     for _ in range(ITERATIONS):
         slowness = _slowness(common, gram, moment)
@@ -81,30 +123,15 @@ def common_coefficients(evidence: NDArray[np.float64]) -> NDArray[np.float64]:
     return float(np.median(_slowness(common, gram, moment))) * common
 
 
-def coefficients(own: Evidence, common: NDArray[np.float64]) -> NDArray[np.float64]:
-    """a, b and c of a device, none negative, from its own evidence and the `common` ones [3]; for a
-    stack of devices, [..., 3] from [..., 3, 4].
-
-    What the device's own rounds do not determine comes from the common ones, scaled by how much
-    slower or faster the device was in its rounds.
+def coefficients(
+    gram: NDArray[np.float64], moment: NDArray[np.float64], common: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The coefficients of a stack of devices, [..., 3], from their own sums [..., 3, 3] and [...,
+    3]; what these do not determine comes from the `common` ones at the device's speed.
     """
-    gram, moment = own[..., :FEATURES], own[..., FEATURES]
     usual = _slowness(common, gram, moment)[..., None] * common
     prior = LIKE_THE_FLEET * np.eye(FEATURES)
     return _least_squares(gram + prior, moment + LIKE_THE_FLEET * usual)
-
-
-def coefficients_of(
-    evidence: Mapping[str, Evidence], devices: Iterable[str]
-) -> dict[str, NDArray[np.float64]]:
-    """The coefficients of these devices, from what is known of any; one that has never replied gets
-    the common ones.
-    """
-    common = common_coefficients(np.stack([no_evidence(), *evidence.values()]))
-    own = {device: evidence.get(device, no_evidence()) for device in devices}
-    if not own:
-        return {}
-    return dict(zip(own, coefficients(np.stack(list(own.values())), common), strict=True))
 
 
 def predicted(coefficients: NDArray[np.float64], *, sparsity: float, rank: float) -> float:
@@ -120,6 +147,10 @@ def _slowness(
     """
     took, expected = _dot(common, moment), _form(common, gram, common)
     return np.divide(took, expected, out=np.ones_like(expected), where=(expected > 0) & (took > 0))
+
+
+def _undecided(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    return UNDECIDED * max(float(np.trace(gram)), 1.0) * np.eye(FEATURES)
 
 
 def _features(sparsity: float, rank: float) -> NDArray[np.float64]:

@@ -76,6 +76,7 @@ class Plan:
 class PlanResult:
     """The result of a plan: seconds, the drop in loss (None if unknown), and the adapter's change.
 
+    `compute_seconds` of the seconds are the device's work, the rest traffic of so many `bytes`.
     `importance` is the size of that change relative to the weights, `effective_rank` the number of
     directions over which it spreads, and `load` the operations relative to batches of full-length
     texts.
@@ -86,6 +87,8 @@ class PlanResult:
     gain: float | None
     importance: float
     effective_rank: float
+    compute_seconds: float = 0.0
+    bytes: int = 0
     load: float = 1.0
 
 

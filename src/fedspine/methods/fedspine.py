@@ -356,6 +356,8 @@ class FedSpine(LocalTraining):
         return PlanResult(
             plan=plan,
             seconds=reply.cost.seconds,
+            compute_seconds=reply.cost.compute_seconds,
+            bytes=reply.cost.bytes_down + reply.cost.bytes_up,
             gain=None if before is None else before - reply.value.loss,
             importance=importance,
             effective_rank=directions,

@@ -6,7 +6,7 @@ Learning", MobiCom 2022 (10.1145/3495243.3517017), as reconstructed in section 1
 notes. Departures: docs/methods/pyramidfl.md.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -243,7 +243,7 @@ class PyramidFL(WholeModelTraining):
     # --- who does what ---
 
     def _chosen_devices(self, state: PyramidState, able: Sequence[Profile]) -> list[Profile]:
-        forecast = Forecast(state.times)
+        forecast = Forecast(state.times, state.seen)
         names = select(
             {device.id: device.examples for device in able},
             state.seen,
@@ -260,7 +260,8 @@ class PyramidFL(WholeModelTraining):
     def _orders(
         self, state: PyramidState, chosen: Sequence[Profile], weights: Tensors, base: Any
     ) -> dict[DeviceId, PyramidOrder]:
-        usual, forecast = training_at(self, base, state.round, state.rounds), Forecast(state.times)
+        usual = training_at(self, base, state.round, state.rounds)
+        forecast = Forecast(state.times, [device.id for device in chosen])
         norms = [
             state.seen[device.id].norm if device.id in state.seen else None for device in chosen
         ]
@@ -288,7 +289,13 @@ class PyramidFL(WholeModelTraining):
         before, order = state.times.get(reply.device, latency_model.no_evidence()), reply.order
         work, traffic = order.training.steps / self.steps, _traffic(order.drop)
         return latency_model.observe(
-            before, sparsity=1 - work, rank=traffic, seconds=reply.cost.seconds, discount=MEMORY
+            before,
+            sparsity=1 - work,
+            rank=traffic,
+            seconds=reply.cost.seconds,
+            compute_seconds=reply.cost.compute_seconds,
+            bytes=reply.cost.bytes_down + reply.cost.bytes_up,
+            discount=MEMORY,
         )
 
 
@@ -325,22 +332,15 @@ class Forecast:
     rounds, and `rank` for the traffic.
     """
 
-    def __init__(self, times: Mapping[str, np.ndarray]) -> None:
-        self._times = times
-        every = [latency_model.no_evidence(), *times.values()]
-        self._common = latency_model.common_coefficients(np.stack(every))
+    def __init__(self, times: Mapping[str, np.ndarray], devices: Iterable[DeviceId]) -> None:
+        self._coefficients = latency_model.coefficients_of(times, devices)
 
     def seconds(self, device: DeviceId, *, work: float, drop: float) -> float:
         """Of a round of `work` usual rounds' steps; 0 where nothing is known of any device."""
         return latency_model.predicted(
-            self._coefficients(device), sparsity=1 - work, rank=_traffic(drop)
+            self._coefficients[device], sparsity=1 - work, rank=_traffic(drop)
         )
 
     def work_seconds(self, device: DeviceId) -> float:
         """Of a usual round's steps alone."""
-        return float(self._coefficients(device)[0])
-
-    def _coefficients(self, device: DeviceId) -> np.ndarray:
-        return latency_model.coefficients(
-            self._times.get(device, latency_model.no_evidence()), self._common
-        )
+        return float(self._coefficients[device][0])
