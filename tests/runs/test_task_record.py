@@ -4,6 +4,7 @@ is said.
 
 import functools
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -358,6 +359,18 @@ def test_a_folder_made_before_its_run_is_built(place, command) -> None:
     assert (code, lines) == (0, [])
     assert task_record.recorded(place / "cell") == task_record.recorded(place / "run")
     assert files(place / "cell" / "base") == files(place / "run" / "base")
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "task.json", "state/current.json"])
+@pytest.mark.parametrize("words", [["run", "--resume"], ["show"]], ids=["resume", "show"])
+def test_a_pipe_in_place_of_a_file_is_one_line(place, command, words, name) -> None:
+    """And not a wait for who would write to it."""
+    path = place / "run" / name
+    path.unlink()
+    os.mkfifo(path)
+    code, _, (line,) = command(*words, place / "run")
+    assert code == 2
+    assert f"{path} is neither a file nor a folder; remove it" in line
 
 
 def test_a_damaged_record_is_said(place, command) -> None:

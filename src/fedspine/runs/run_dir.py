@@ -39,6 +39,13 @@ def check_folder(run_dir: Path) -> None:
         raise BadInput(
             f"{run_dir} is not the folder of a run (it {what}); name one that `fedspine run` made"
         )
+    for folder in (run_dir, run_dir / STATE):
+        for path in folder.iterdir():  # opening a pipe would block
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise BadInput(
+                    f"{path} is neither a file nor a folder; remove it, or restore what was there "
+                    "from a copy"
+                )
 
 
 def recipe_of(run_dir: Path) -> "Recipe":
