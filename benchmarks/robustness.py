@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspine.core.aggregation import CHOICES, TrimmedMean
+from fedspine.core.aggregation import CHOICES, MultiKrum, TrimmedMean
 from fedspine.core.fleet import Diverged, Fleet, Reply
 from fedspine.core.message import Tensors
 from fedspine.core.process import keep_freed_memory
@@ -208,8 +208,8 @@ class Bench:
         """
         recipe, task = self._assembled.recipe, self._assembled.task
         part = CHOICES[how]()
-        if isinstance(part, TrimmedMean):
-            part = TrimmedMean(share=self._bad / recipe.fleet.devices)
+        if isinstance(part, TrimmedMean | MultiKrum):
+            part = replace(part, share=self._bad / recipe.fleet.devices)
         fleet = recipe.fleet.model_copy(update={"aggregation": part})
         assembled = replace(
             self._assembled,
