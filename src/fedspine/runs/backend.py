@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedspine.core.aggregation import Aggregation, Mean, NormClip
+from fedspine.core.aggregation import Aggregation, Mean, MultiKrum, NormClip
 from fedspine.core.errors import BadInput
 from fedspine.core.reads import PredictsReads
 from fedspine.core.strict import parsed
@@ -191,6 +191,11 @@ def _aggregation_line(recipe: Recipe) -> str:
             return "aggregation: mean, so one bad site can spoil the model (docs/robustness.md)"
         case NormClip(bound=bound):
             return f"aggregation: norm_clip, no change is larger than {bound:g} x the median"
+        case MultiKrum():
+            return (
+                "aggregation: multi_krum, from which the noise of sites hides who is bad "
+                "(docs/robustness.md)"
+            )
         case how:
             return f"aggregation: {how.name}"
 
