@@ -312,7 +312,8 @@ def test_a_site_sees_what_runs_have_left_on_its_disk(made, monkeypatch, capsys):
     )
     asked = ("fleet", "status", "north", "--kit", place)
     _, out, _ = in_process(monkeypatch, capsys, *asked)
-    line = "north: runs use 1.5 of 2.0 MB of disk space (memory 1.5, prefixes 0.0, tokens 0.0)"
+    line = "north: runs use 1.5 of 2.0 MB of disk space ("
+    line += "memory 1.5, prefixes 0.0, tokens 0.0, privacy 0.0)"
     assert out.strip() == line
     _, out, _ = in_process(monkeypatch, capsys, *asked, "--json")
     assert json.loads(out)["used_bytes"] == 1_500_000

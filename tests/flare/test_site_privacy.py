@@ -14,6 +14,7 @@ from site_files import written
 from toy import toy_rows
 
 import fedspine.methods.fedlora as fedlora
+from fedspine.core.accountant import Spending
 from fedspine.core.device import name_of
 from fedspine.core.errors import BadInput
 from fedspine.core.message import pack, unpack
@@ -22,7 +23,15 @@ from fedspine.core.tensors import half
 from fedspine.flare.provision import write_site_file
 from fedspine.flare.run_terms import REFUSALS, Refused, RunTerms
 from fedspine.flare.site import load_site
-from fedspine.flare.site_privacy import FOLDER, KEY, LEDGER
+from fedspine.flare.site_disk import used
+from fedspine.flare.site_privacy import (
+    FOLDER,
+    KEY,
+    LEDGER,
+    ORDERS_KEPT,
+    SiteLedger,
+    SitePrivacySection,
+)
 from fedspine.flare.site_worker import open_site_worker
 from fedspine.flare.wire import NotDone, Opened, Opening, SiteAnswer, SiteOrder, as_array, decoded
 from fedspine.lm.content import content_sha256
@@ -122,6 +131,22 @@ def test_an_order_that_is_served_again_gives_the_same_and_spends_nothing(site, t
         same = answer(again, asked(order))
         assert (same.result == first.result).all() and same.epsilon == first.epsilon
     assert answer(worker, asked(order, seed=(0, 0, 1))).epsilon > first.epsilon
+
+
+def test_a_server_cannot_fill_the_ledger(tmp_path):
+    """However many orders of next to no cost: the latest are remembered, and all are counted."""
+    promise = replace(PROMISE, epsilon=1e9, answers=10**6)
+    path, orders = tmp_path / FOLDER / LEDGER, ORDERS_KEPT + 40
+    tiny, sizes = Spending(noise_multiplier=1e3, rate=1e-3, steps=1), []
+    for i in range(orders):
+        ledger = SiteLedger(path, SitePrivacySection(), promise, RUN, f"{i:064x}")
+        ledger.spend(tiny)
+        sizes.append(path.stat().st_size)
+    assert max(sizes) - sizes[ORDERS_KEPT] < 64  # no more than digits of the count
+    assert sum(entry.steps for entry in ledger.spent.entries) == orders
+    ledger.spend(tiny)  # the same order again
+    assert sum(entry.steps for entry in ledger.spent.entries) == orders
+    assert used(tmp_path, tmp_path / "cache")[FOLDER] == sizes[-1]
 
 
 def test_draws_differ_with_all_that_an_answer_depends_on(site, terms, order):

@@ -1,4 +1,6 @@
-"""The files that runs leave on a site's disk, and their limits: memories, activations, tokens."""
+"""The files that runs leave on a site's disk, and their limits: memories, activations, tokens,
+ledgers.
+"""
 
 import os
 import shutil
@@ -6,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MEMORY, PREFIXES, TOKENS = "memory", "prefixes", "tokens"  # folders; a run has one in the first two
+LEDGERS = "privacy"  # the folder of what was spent and answered, which is never removed
 LOG = "fedspine-worker.log"  # in the site's folder: the worker's output, refusals in full
 LOG_BYTES = 16 << 20
 RUNS_KEPT = 16  # memories of so many runs are kept, those used last
@@ -21,7 +24,12 @@ def keep_newest(folder: Path, kept: int) -> None:
 
 def used(folder: Path, cache: Path) -> dict[str, int]:
     """Bytes that runs have left at a site, by kind."""
-    places = {MEMORY: folder / MEMORY, PREFIXES: folder / PREFIXES, TOKENS: cache / TOKENS}
+    places = {
+        MEMORY: folder / MEMORY,
+        PREFIXES: folder / PREFIXES,
+        TOKENS: cache / TOKENS,
+        LEDGERS: folder / LEDGERS,
+    }
     return {kind: sum(_sizes(place)) for kind, place in places.items()}
 
 

@@ -18,13 +18,12 @@ from fedspine.core.draws import SecretDraws
 from fedspine.core.errors import BadInput
 from fedspine.core.message import NotAMessage, message, pack, unpack
 from fedspine.core.noise import GrowingNoise
-from fedspine.flare.site_privacy import FOLDER, asked_sha256, key
+from fedspine.flare.site_privacy import FOLDER, ORDERS_KEPT, asked_sha256, key
 from fedspine.flare.site_terms import AllowSection
 from fedspine.storage.store import STATE_SPARE_BYTES, sealed, unsealed, write_atomically
 
 ANSWERED = "answered.safetensors"  # in the same folder
 NAME_BYTES = 8  # of a text's digest: among a million texts the probability of a collision is 3e-8
-ORDERS_KEPT = 128  # whose answers can be repeated bit for bit
 
 
 def text_names(texts: Sequence[str]) -> np.ndarray:

@@ -31,9 +31,11 @@ from fedspine.core.privacy import (
 from fedspine.core.strict import Section
 from fedspine.core.task import Examples
 from fedspine.flare.run_terms import Refused, RunTerms, refusing
+from fedspine.flare.site_disk import LEDGERS
 from fedspine.storage.store import STATE_SPARE_BYTES, sealed, unsealed, write_atomically
 
-FOLDER, KEY, LEDGER = "privacy", "key", "ledger.safetensors"  # in the site's folder
+FOLDER, KEY, LEDGER = LEDGERS, "key", "ledger.safetensors"  # in the site's folder
+ORDERS_KEPT = 128  # whose answers can be repeated without being counted again
 KEY_BYTES = 32
 
 
@@ -86,7 +88,7 @@ def check_rows(site: str, privacy: Privacy | None, rows: int) -> None:
 
 @message
 class RunSpent:
-    """What a site has spent in one run; `answers` are the digests of the counted orders."""
+    """What a site has spent in one run; `answers` are the digests of the latest counted orders."""
 
     entries: tuple[Spending, ...]
     epsilon: float
@@ -105,7 +107,7 @@ class SiteLedger:
     """The ledger of a site for one order; it is on disk before the order's answer exists.
 
     An order that is served again makes the same draws and gives the same answer, so it spends
-    nothing.
+    nothing if it is among the run's last `ORDERS_KEPT`.
     """
 
     path: Path
@@ -127,7 +129,9 @@ class SiteLedger:
         after = afforded(before.entries, spending, self.terms)
         self._check_site([run for name, run in whole.runs.items() if name != self.run], after)
         now = RunSpent(
-            entries=after.entries, epsilon=after.epsilon, answers=(*before.answers, self.order)
+            entries=after.entries,
+            epsilon=after.epsilon,
+            answers=(*before.answers, self.order)[-ORDERS_KEPT:],
         )
         written = pack(SiteSpent(runs=whole.runs | {self.run: now})).payload
         self.path.parent.mkdir(parents=True, exist_ok=True)
