@@ -39,6 +39,7 @@ MOST = 65504.0  # the largest number of fp16
 BOOST = 5.0  # factor of a backdoor's change, which would otherwise drown in the others'
 TRIGGER, TARGET = "cf mn", 0  # words before a text, and the class that it should then get
 SEED = 71  # of what attackers draw
+WITHOUT = "without them"  # the bad devices
 
 Change = Callable[
     [Tensors, np.random.Generator], Tensors
@@ -175,7 +176,7 @@ def runs(
         "fleet": fleet,
         "seed": seed,
     }
-    wanted = [("without them", "mean")] + [
+    wanted = [(WITHOUT, "mean")] + [
         (attack, how) for attack in options.attacks for how in options.aggregations
     ]
     done = {(run["attack"], run["aggregation"]) for run in found if settings.items() <= run.items()}
@@ -277,22 +278,24 @@ def _kept() -> list[dict[str, Any]]:
 
 
 def page(found: list[dict[str, Any]]) -> str:
-    """The tables, one for each fleet and setting, means over seeds."""
+    """The tables, one for each fleet and setting."""
     lines = [
         "# Bad sites, by attack and by how the server merges",
         "",
-        "Accuracy in % of the global model on the 500 test questions of trec6, mean over seeds.",
-        "FedLoRA at rank 8 on MiniLM cut to three layers, fp32, batches of 16; written by",
-        "`benchmarks/robustness.py`. *Without them*: the same run, in which the replies of the bad",
-        "devices never come, under the mean. *Mean* bounds nothing. The trimmed mean leaves out as",
-        "many values at each end as there are bad devices. In brackets, with a backdoor: of the",
-        "questions of other classes with the trigger, the share in % that is given its class. *No",
-        "model*: a run ended since its model gave no device a finite loss any more.",
+        "Points of accuracy of the global model, on the 500 test questions of trec6, above or",
+        "below the same run with the same seed *without them*: in which the replies of the bad",
+        "devices never come, under the mean. Mean ± standard deviation over the seeds; without ±,",
+        "seed 0 alone. FedLoRA at rank 8 on MiniLM cut to three layers, fp32, batches of 16;",
+        "written by `benchmarks/robustness.py`. *Mean* bounds nothing. The trimmed mean and",
+        "Multi-Krum leave out as many as there are bad devices. In brackets, with a backdoor: of",
+        "the questions of other classes with the trigger, the share in % that is given its class.",
+        "*No model*: a run ended since its model gave no device a finite loss any more.",
     ]
     keys = ("fleet", "rounds", "steps", "rows", "partition")
     for key in sorted({tuple(run[name] for name in keys) for run in found}):
         these = [run for run in found if tuple(run[name] for name in keys) == key]
         (fleet, rounds, steps, rows, partition), seeds = key, {run["seed"] for run in these}
+        without = {run["seed"]: run["accuracy"] for run in these if run["attack"] == WITHOUT}
         bad, devices = fleet.split("/")
         hows = [how for how in CHOICES if any(run["aggregation"] == how for run in these)]
         lines += [
@@ -300,14 +303,14 @@ def page(found: list[dict[str, Any]]) -> str:
             f"## {bad} bad of {devices} devices: {rounds} rounds of {steps} steps, {rows} rows "
             f"({partition}), seeds: {', '.join(map(str, sorted(seeds)))}",
             "",
-            f"Without them: {_cell(these, 'without them', 'mean')}.",
+            f"Without them: {', '.join(f'{100 * without[s]:.1f}' for s in sorted(seeds))} %.",
             "",
             f"| attack | {' | '.join(hows)} |",
             "|---|" + "---|" * len(hows),
         ]
         for attack in ATTACKS:
             if any(run["attack"] == attack for run in these):
-                cells = [_cell(these, attack, how) for how in hows]
+                cells = [_cell(these, attack, how, without) for how in hows]
                 lines.append(f"| {attack} | {' | '.join(cells)} |")
         missing = [name for name in ATTACKS if all(run["attack"] != name for run in these)]
         if missing:
@@ -315,13 +318,15 @@ def page(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(runs: list[dict[str, Any]], attack: str, how: str) -> str:
+def _cell(runs: list[dict[str, Any]], attack: str, how: str, without: Mapping[int, float]) -> str:
     these = [run for run in runs if (run["attack"], run["aggregation"]) == (attack, how)]
     if not these or any("ended" in run for run in these):
         return "no model" if these else ""
-    accuracy = 100 * float(np.mean([run["accuracy"] for run in these]))
+    apart = [100 * (run["accuracy"] - without[run["seed"]]) for run in these]
+    spread = f" ± {np.std(apart, ddof=1):.1f}" if len(apart) > 1 else ""
     fooled = [100 * run["to_target"] for run in these if "to_target" in run]
-    return f"{accuracy:.1f}" + (f" ({float(np.mean(fooled)):.0f})" if fooled else "")
+    backdoor = f" ({np.mean(fooled):.0f})" if fooled else ""
+    return f"{np.mean(apart) + 0.0:+.1f}{spread}{backdoor}"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Only the clock: how long FedSpine's rounds take under each controller on the 80 simulated
-devices; nothing is trained.
+"""Only the clock: how long FedSpine's rounds take under each controller on simulated devices;
+nothing is trained.
 
-Two jobs: MiniLM's first 3 layers on texts of 20 tokens, 10 devices a round, where links decide; and
-RoBERTa-base on texts of 128 tokens, all devices in every round, as in the paper, where computing
-does. The task head goes both ways. What a plan earns is made up (a higher rank lowers the loss a
+Three jobs: MiniLM's first 3 layers on texts of 20 tokens, 10 of 80 devices a round, where links
+decide; RoBERTa-base on texts of 128 tokens, all 80 devices in every round, as in the paper, where
+computing does; and the same with 16 devices in each of 100 rounds, where a bandit sees each device
+often. The task head goes both ways. What a plan earns is made up (a higher rank lowers the loss a
 little), so only times can be read here.
 
     python experiments/clock.py --job minilm --seeds 0 1 2 3
     python experiments/clock.py --job roberta --seeds 0 1 2 3
+    python experiments/clock.py --job few --seeds 0 1 2 3 --bandits
 """
 
 import argparse
@@ -34,6 +36,7 @@ class Job:
     """What is run: the model's shapes, how long its texts are, and who takes part how often."""
 
     method: FedSpine
+    devices: int
     rounds: int
     per_round: int
     layers: int
@@ -45,9 +48,10 @@ class Job:
 
 JOBS = {
     "minilm": Job(
-        FedSpine(ranks=(4, 8, 12, 16), steps=10, batch=16), 32, 10, 3, 384, 1536, 20, 5_000
+        FedSpine(ranks=(4, 8, 12, 16), steps=10, batch=16), 80, 32, 10, 3, 384, 1536, 20, 5_000
     ),
-    "roberta": Job(FedSpine(), 50, 80, 12, 768, 3072, 128, 1_180_000),
+    "roberta": Job(FedSpine(), 80, 50, 80, 12, 768, 3072, 128, 1_180_000),
+    "few": Job(FedSpine(), 16, 100, 16, 12, 768, 3072, 128, 1_180_000),
 }
 
 
@@ -64,14 +68,27 @@ def controllers(ranks: tuple[int, ...]) -> tuple[Controller, ...]:
     )
 
 
+# the bandit with one of its settings changed
+BANDITS = (
+    SUcb(exploration=0.0),
+    SUcb(exploration=1.0),
+    SUcb(discount=0.5),
+    SUcb(discount=1.0),
+    SUcb(split_at=8.0),
+    SUcb(max_tree_depth=1),
+    SUcb(max_tree_depth=4),
+)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
     arguments.add_argument("--job", choices=list(JOBS), default="minilm")
+    arguments.add_argument("--bandits", action="store_true", help="also the bandit's settings")
     wanted = arguments.parse_args()
     seeds, job = wanted.seeds, JOBS[wanted.job]
     print("| controller | seconds | waiting share | mean rank |\n|---|---|---|---|")
-    for controller in controllers(job.method.ranks):
+    for controller in (*controllers(job.method.ranks), *(BANDITS if wanted.bandits else ())):
         method = replace(job.method, controller=controller)
         found = np.array([simulated(job, method, seed) for seed in seeds])
         mean, spread = found.mean(0), found.std(0, ddof=1) if len(seeds) > 1 else found[0] * 0
@@ -89,7 +106,7 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
         "hidden_size": job.width,
     }
     layout = layout_of(SimpleNamespace(model_type="bert", num_attention_heads=12, **sizes), "bert")
-    kinds = fleet_mix(None, 80)
+    kinds = fleet_mix(None, job.devices)
     ids, hardware = device_ids(kinds), Hardware(seed=seed, kinds=tuple(kinds))
     rows = method.steps * method.batch
     frame = Frame(
@@ -105,7 +122,7 @@ def simulated(job: Job, method: FedSpine, seed: int) -> tuple[float, float, floa
     )
     rng, units, gain_scale = np.random.default_rng(seed), no_scores(layout), None
     turns = np.concatenate(
-        [rng.permutation(80) for _ in range(job.rounds * job.per_round // 80 + 1)]
+        [rng.permutation(job.devices) for _ in range(job.rounds * job.per_round // job.devices + 1)]
     )
     asked, now, waiting, ranks = dict.fromkeys(ids, 0), 0.0, 0.0, []
     for round in range(job.rounds):

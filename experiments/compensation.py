@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from importance import AGAIN, SPARSITIES, all_rows, measured, tracked_scores, tuned_whole
+from importance import (
+    AGAIN,
+    SPARSITIES,
+    TRACKED,
+    all_rows,
+    measured,
+    tracked_scores,
+    tuned_whole,
+)
 from jaxtyping import Float
 from torch import Tensor
 
@@ -52,7 +60,7 @@ def compared(task: Task, seed: int):
         "sparsity": 0.0,
         "accuracy": score(task.base, whole, task.test).accuracy,
     }
-    scores = tracked_scores(task, whole, "blend", seed)
+    scores = tracked_scores(task, whole, TRACKED["blend"], seed)
     order = rng.permutation(len(task.train))
     moments = {
         rows: second_moments(task.base, whole, task.train, order[:rows])

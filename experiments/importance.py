@@ -32,7 +32,15 @@ from fedspine.runs import config
 from fedspine.runs.assemble import assemble
 
 RESULTS = Path(__file__).parent / "results" / "importance.jsonl"
-TRACKED = ("gradient", "activation", "gate", "blend")
+TRACKED = {
+    "gradient": Scoring(of="gradient"),
+    "gradient, cross 1": Scoring(of="gradient", cross=1.0),
+    "gradient, square": Scoring(of="gradient", square=True),
+    "gradient, normalise": Scoring(of="gradient", normalise=True),
+    "activation": Scoring(of="activation"),
+    "gate": Scoring(of="gate"),
+    "blend": Scoring(of="blend"),
+}
 SPARSITIES = (0.5, 0.75, 0.9)
 TUNING = Tuning(steps=400, batch=16, learning_rate=1.5e-3, head_learning_rate=4.5e-3)
 LISTENING = 30  # steps in which importance is read, at a tenth of the learning rate
@@ -89,7 +97,7 @@ def compared(task: Task, seed: int):
         "sparsity": 0.0,
         "accuracy": score(task.base, whole, task.test).accuracy,
     }
-    known = {of: tracked_scores(task, whole, of, seed) for of in TRACKED}
+    known = {name: tracked_scores(task, whole, scoring, seed) for name, scoring in TRACKED.items()}
     known["magnitude"] = magnitude_scores(task.base, whole)
     known["random"] = random_scores(layout, full(layout), np.random.default_rng(seed))
     for sparsity in SPARSITIES:
@@ -122,10 +130,10 @@ def tuned_whole(task: Task, rng: np.random.Generator, seed: int) -> Model:
     return tune(all_rows(task, seed), start, TUNING).model
 
 
-def tracked_scores(task: Task, model: Model, of: str, seed: int) -> Scores:
+def tracked_scores(task: Task, model: Model, scoring: Scoring, seed: int) -> Scores:
     """Importance tracked over a few slow steps, whose training is thrown away."""
     slow = replace(TUNING, steps=LISTENING, learning_rate=1.5e-4, head_learning_rate=4.5e-4)
-    scores = tune(all_rows(task, seed), model, slow, scoring=Scoring(of=of)).scores
+    scores = tune(all_rows(task, seed), model, slow, scoring=scoring).scores
     assert scores is not None
     return scores
 

@@ -529,7 +529,6 @@ def test_settings_that_cannot_work_are_refused(task, method, change, words):
     [
         (LocFedMix(reconstruction=-1.0), "method.reconstruction is -1.0"),
         (LocFedMix(mixup=math.nan), "method.mixup is nan"),
-        (LocFedMix(decoder_width=0), "method.decoder_width is 0"),
         (AdaSfl(fewest=0.0), "method.fewest and method.most are 0.0 and 3.0"),
         (AdaSfl(most=0.5), "0.5 and 0.5"),
         (AdaSfl(batches=Regulated(keep=1.0)), "method.batches.keep is 1.0"),

@@ -45,7 +45,7 @@ from fedspine.split.protocol import DeviceWork, run_round
 from fedspine.split.received import Agreed, as_sent
 from fedspine.split.server import ExtraLoss, WeightedStep
 
-MOST_WIDTH = 4096  # channels inside a decoder
+DECODER_WIDTH, MOST_WIDTH = 16, 4096  # channels inside a decoder, and the most that are accepted
 MIXING = 501  # the purpose of this random stream
 
 
@@ -170,7 +170,6 @@ class LocFedMix(SplitTraining):
     models: ClassVar[tuple[str, ...]] = ("transformer", "net")
     # weight of the decoder's loss in the device's loss; 0: no decoder
     reconstruction: float = 1.0
-    decoder_width: int = 16  # channels inside the decoder
     mixup: float = 1.0  # alpha of the Beta distribution of lam; 0: nothing is mixed
 
     @classmethod
@@ -185,10 +184,6 @@ class LocFedMix(SplitTraining):
                 raise BadInput(
                     f"method.{name} is {getattr(self, name)}, but it cannot be negative or infinite"
                 )
-        if self.decoder_width < 1:
-            raise BadInput(
-                f"method.decoder_width is {self.decoder_width}, but at least 1 is needed"
-            )
 
     def start(self, task: Task, rng: np.random.Generator) -> LocFedMixState:
         first = first_state(self, task, rng)
@@ -246,7 +241,7 @@ class LocFedMix(SplitTraining):
         return {
             device: ReadingOrder(
                 begin=now.begin(batch, weights),
-                width=self.decoder_width,
+                width=DECODER_WIDTH,
                 weight=self.reconstruction,
             )
             for device, batch in batches.items()
@@ -254,5 +249,5 @@ class LocFedMix(SplitTraining):
 
     def _decoded_cutting(self, base: Any) -> DecodedCutting:
         return DecodedCutting(
-            cutting=cutting_of(self, base), width=self.decoder_width, weight=self.reconstruction
+            cutting=cutting_of(self, base), width=DECODER_WIDTH, weight=self.reconstruction
         )

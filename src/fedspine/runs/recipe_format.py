@@ -43,7 +43,15 @@ MOVED = {
 }
 
 # settings that are gone, since no experiment showed one to matter
-GONE = ("budget_bytes", "lipschitz", "lipschitz_decay", "pooled", "reward", "weights")
+GONE = (
+    "budget_bytes",
+    "decoder_width",
+    "lipschitz",
+    "lipschitz_decay",
+    "pooled",
+    "reward",
+    "weights",
+)
 
 # settings that were a method's and hold for every method now, by their keys then
 OF_THE_FLEET = {"enough": "quorum", "quorum": "quorum"}
