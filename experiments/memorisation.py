@@ -6,7 +6,8 @@ For each run with `task.train_rows`: how well the loss of the global model tells
 devices from the other training rows, as the area under the curve (AUC; 0.5: not at all), with
 accuracy and the largest epsilon that a device spent; mean and standard deviation over seeds. The
 attack is that of Yeom et al. 2018 (arXiv:1709.01604). Since the sample is random, a model that was
-trained on none of the rows has 0.5 on average.
+trained on none of the rows has 0.5 on average. What was measured is kept in `memorisation.json`
+beside the runs and not repeated.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import json
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,20 +34,22 @@ MOST = 1500  # rows of each kind that are scored
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path, help="the folder of the sweep")
-    folders = sorted((parser.parse_args().sweep / "cells").glob("*/summary.json"))
+    sweep = parser.parse_args().sweep
+    kept = sweep / "memorisation.json"
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     torch.set_num_threads(1)
     keep_freed_memory()
     found: dict[tuple[str, ...], list[tuple[float, float, float]]] = defaultdict(list)
-    for place in folders:
-        summary = json.loads(place.read_text(encoding="utf-8"))
-        name, data, *_ = place.parent.name.split("--")
-        run = open_run(place.parent)
-        promise: Any = run.recipe.privacy
-        spent = summary["privacy"]["epsilon_spent"].values()
-        found[data, name, f"{promise.epsilon:g}"].append(
-            (100 * summary["accuracy"], told_apart(run), max(spent, default=0.0))
-        )
-        print(place.parent.name, *found[data, name, f"{promise.epsilon:g}"][-1], flush=True)
+    for place in sorted((sweep / "cells").glob("*/summary.json")):
+        name, data, epsilon, _ = place.parent.name.split("--")
+        if place.parent.name not in known:
+            summary = json.loads(place.read_text(encoding="utf-8"))
+            spent = summary["privacy"]["epsilon_spent"].values()
+            auc = told_apart(open_run(place.parent))
+            known[place.parent.name] = 100 * summary["accuracy"], auc, max(spent, default=0.0)
+            kept.write_text(json.dumps(known, indent=1), encoding="utf-8")
+            print(place.parent.name, *known[place.parent.name], flush=True)
+        found[data, name, epsilon.removeprefix("epsilon=")].append(known[place.parent.name])
     print("\n| data | method | epsilon | accuracy | AUC | spent | seeds |")
     print("|---|---|---|---|---|---|---|")
     for (data, name, epsilon), runs in sorted(found.items()):
