@@ -17,18 +17,12 @@ from numpy.typing import NDArray
 from fedspine.control.links import expected_links, log_of_byte
 from fedspine.core.message import message
 
-Evidence = NDArray[np.float64]  # [6, 6]: discounted sums of the products of what SEEN names
+Evidence = NDArray[np.float64]  # [6, 6]: discounted sums of products of what a round showed
 
-SEEN = (
-    "1 - sparsity",
-    "rank over the largest",
-    "1",
-    "seconds of computing",
-    "log of a byte's",
-    "MB",
-)
-FEATURES = 3  # the first ones
-COMPUTING, LINK, TRAFFIC = range(FEATURES, len(SEEN))
+FEATURES = 3  # 1 - sparsity, rank over the largest, 1
+# beside them the seconds of computing, the logarithm of what a byte took, and the megabytes
+COMPUTING, LINK, TRAFFIC = range(FEATURES, FEATURES + 3)
+SEEN = FEATURES + 3
 LIKE_THE_FLEET = 0.1  # plays' worth of the common coefficients in each device's
 # A fleet that has only ever run unpruned cannot tell a from c; so small a weight shares its time
 # out evenly.
@@ -44,7 +38,7 @@ class LatencyModel:
 
 
 def no_evidence() -> Evidence:
-    return np.zeros((len(SEEN), len(SEEN)))
+    return np.zeros((SEEN, SEEN))
 
 
 def observe(
@@ -70,7 +64,7 @@ def observe(
         raise ValueError(f"expected finite seconds, got {seconds} and {compute_seconds}")
     link = log_of_byte(seconds=seconds, compute_seconds=compute_seconds, bytes=bytes)
     seen = [*_features(sparsity, rank), compute_seconds, link, bytes / 1e6]
-    before = evidence if evidence.shape == (len(SEEN), len(SEEN)) else no_evidence()
+    before = evidence if evidence.shape == (SEEN, SEEN) else no_evidence()
     return discount * before + np.outer(seen, seen)
 
 
@@ -84,7 +78,7 @@ def coefficients_of(
     at its speed. One that has never replied has a middling speed and a middling link.
     """
     wanted = list(devices)
-    known = {id: each for id, each in evidence.items() if each.shape == no_evidence().shape}
+    known = {id: each for id, each in evidence.items() if each.shape == (SEEN, SEEN)}
     if not known:
         return {device: np.zeros(FEATURES) for device in wanted}
     moments = np.stack([*known.values(), no_evidence()])  # the last one is of a new device

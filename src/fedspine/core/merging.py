@@ -135,9 +135,9 @@ def bounded(
     """The share of each device's change that counts, 0 to 1; a device whose share is 0 has no
     weight either. Devices with a share below 1 are noted.
 
-    The changes hold NaN where a device owns nothing of a tensor. Sizes are root mean squares over
-    all entries of a change, so a higher rank or fewer units do not make a change larger. For equal
-    shapes this equals comparing norms.
+    For `MultiKrum` changes are aligned, with NaN where a device owns nothing of a tensor. Sizes are
+    root mean squares over all entries of a change, so a higher rank or fewer units do not make a
+    change larger. For equal shapes this equals comparing norms.
     """
     shares = shares_of(fleet.aggregation, len(devices), changes)
     for device, share in zip(devices, shares, strict=True):

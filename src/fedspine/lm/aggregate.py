@@ -22,7 +22,7 @@ from fedspine.core.fleet import Reply
 from fedspine.core.message import Tensors
 from fedspine.core.process import spread
 from fedspine.core.tensors import rebased
-from fedspine.lm.lora import a_name, b_name, is_b
+from fedspine.lm.lora import a_name, adapter_rank, b_name
 from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.structure import Structure, cut_adapter, kept_columns, kept_rows
 
@@ -64,7 +64,7 @@ def bounded(
         for part, before in zip(contributions, sent, strict=True)
     )
     if isinstance(fleet.aggregation, MultiKrum):  # which compares entry by entry
-        ranks = max((_largest_rank(part.back) for part in contributions), default=0)
+        ranks = max((adapter_rank(part.back) for part in contributions), default=0)
         changes = (
             _in_whole(layout, part.structure, ranks, change)
             for part, change in zip(contributions, changes, strict=True)
@@ -127,18 +127,16 @@ def by_norm(contributions: Sequence[Contribution]) -> list[Contribution]:
     back, over all sites together.
 
     Weights sum to 1 and replace the old ones, except those of 0; they are equal if no device has
-    learnt anything.
-    Source: HetLoRA, Cho et al. 2024 (arXiv:2401.06432), which weighs by the norm and not by rows.
+    learnt anything. Source: HetLoRA, Cho et al. 2024 (arXiv:2401.06432), which weighs by the norm
+    and not by rows.
     """
-    counted = [part for part in contributions if part.weight > 0]
-    total = sum(product_norm(part.back) for part in counted)
-
-    def share(part: Contribution) -> float:
-        if part.weight == 0:
-            return 0.0
-        return product_norm(part.back) / total if total > 0 else 1 / len(counted)
-
-    return [replace(part, weight=share(part)) for part in contributions]
+    norms = [product_norm(part.back) if part.weight else 0.0 for part in contributions]
+    if not any(norms):  # nobody has learnt anything
+        norms = [1.0 if part.weight else 0.0 for part in contributions]
+    total = sum(norms) or 1.0
+    return [
+        replace(part, weight=norm / total) for part, norm in zip(contributions, norms, strict=True)
+    ]
 
 
 def product_norm(adapter: Tensors) -> float:
@@ -259,10 +257,6 @@ def _place(kept: Tensor | None, ranks: int, dim: int) -> tuple[slice | Tensor, s
     """Where a factor of so many `ranks`, cut to the `kept` lines of `dim`, is in the whole one."""
     lines = slice(None) if kept is None else kept
     return (slice(ranks), lines) if dim == 1 else (lines, slice(ranks))
-
-
-def _largest_rank(adapter: Tensors) -> int:
-    return max((len(factor) for name, factor in adapter.items() if not is_b(name)), default=0)
 
 
 def _by_site(layout: PrunableLayout, function: Callable[[PrunableSite], Tensor]) -> Tensors:
