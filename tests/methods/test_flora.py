@@ -9,12 +9,13 @@ import pytest
 import torch
 from toy import Lab, Spy, bits
 
+from fedspine.core.aggregation import Mean, Median, MultiKrum, NormClip, TrimmedMean
 from fedspine.core.checks import Asked, Terms, why_unusable
 from fedspine.core.errors import BadInput
 from fedspine.core.message import pack, unpack
 from fedspine.core.tensors import half, single
 from fedspine.lm.base import Model
-from fedspine.lm.lora import a_name, adapter_rank, b_name, fresh, w_name
+from fedspine.lm.lora import a_name, adapter_rank, b_name, fresh, is_a, w_name
 from fedspine.lm.structure import full
 from fedspine.methods.flora import MERGED, Flora, FloraOrder, stacked
 
@@ -192,3 +193,70 @@ def test_the_predicted_rank_is_the_models_width_to_which_the_merged_rank_grows(r
 def test_settings_that_cannot_work_are_refused(task, settings, complaint):
     with pytest.raises(BadInput, match=complaint):
         replace(TOY, **settings).check(task)
+
+
+@pytest.mark.parametrize("how", [Median(), TrimmedMean(share=0.2)], ids=lambda how: how.name)
+def test_the_middle_of_products_has_no_stack_so_the_whole_change_is_sent(how, lab, task):
+    recorded = Recorded(lab("middle", kinds=KINDS, aggregation=how), rounds=2)
+    first, second = recorded.states[1:]
+    products = [
+        {
+            site.path: result.adapter[b_name(site.path)].float()
+            @ result.adapter[a_name(site.path)].float()
+            for site in task.base.layout.sites
+        }
+        for result in recorded.results[0].values()
+    ]
+    for site in task.base.layout.sites:
+        middle = torch.stack([product[site.path] for product in products]).median(0).values
+        assert torch.equal(first.change[w_name(site.path)], middle.half())
+    assert (first.stacks, second.stacks) == ({}, {})
+    for order in recorded.orders[1].values():
+        assert (order.since, order.stacks) == (0, {})
+        assert bits(order.change) == bits(first.change)
+    for id in recorded.bench.ids:
+        assert bits(recorded.merged(id).change) == bits(first.change)
+
+
+def test_what_is_left_out_is_in_no_stack_and_what_is_bounded_is_shorter(lab, task):
+    outlier = KINDS.index("nx")
+
+    def far(fleet):
+        def stretch(reply):
+            if reply.device != fleet.devices[outlier].id:
+                return reply
+            wide = {
+                name: tensor if is_a(name) else 50 * tensor
+                for name, tensor in reply.value.adapter.items()
+            }
+            return replace(reply, value=replace(reply.value, adapter=wide))
+
+        return Spy(fleet, reply=stretch)
+
+    ranks = {}
+    for how in (Mean(), NormClip(), MultiKrum()):
+        bench = lab(how.name, kinds=KINDS * 2, aggregation=how)
+        (stack,) = bench.run(TOY, rounds=1, around=far).stacks.values()
+        ranks[how.name] = adapter_rank(stack)
+        notes = [row["values"] for row in bench.rows("note")]
+        shares = {n["device"]: n["share"] for n in notes if n.get("bounded") == "adapter"}
+        if how == NormClip():  # to the median norm, at which the others are, or a little above
+            assert shares[bench.ids[outlier]] < 1 / 25
+        if how == MultiKrum():
+            assert shares == {bench.ids[outlier]: 0.0}
+            left_out = [n["rank"] for n in notes if "rank" in n][outlier]
+    assert ranks["norm_clip"] == ranks["mean"]
+    assert ranks["multi_krum"] == ranks["mean"] - left_out
+
+
+@pytest.mark.parametrize("how", [Median(), MultiKrum(), NormClip()], ids=lambda how: how.name)
+def test_too_few_replies_merge_nothing(how, lab, task):
+    bench = lab("few", kinds=KINDS, aggregation=how)
+
+    def alone(fleet):
+        first = fleet.devices[0].id
+        return Spy(fleet, reply=lambda reply: reply if reply.device == first else None)
+
+    state = bench.run(TOY, rounds=2, around=alone)
+    assert all(bool((weight == 0).all()) for weight in state.change.values())
+    assert state.round == 2

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from attacks import flipped, on_changes
-from toy import TEST_ROWS, Spy, bits
+from toy import KINDS, TEST_ROWS, Spy, bits
 
 from fedspine.core.aggregation import CHOICES, Median, MultiKrum, NormClip, TrimmedMean
 from fedspine.lm.score import score
 from fedspine.methods import all_methods
+from fedspine.methods.fedadapter import TrialResult
 from fedspine.pruning.head_start import ClassMeans
 
 METHODS = all_methods()
@@ -17,10 +18,11 @@ ROBUST = [name for name, cls in METHODS.items() if cls.robust]
 BOUNDING = [how for how in CHOICES if how != "mean"]
 ROUNDS = 3  # of the task's five, enough to learn what it asks
 BAD = "nx-02"  # one of five
-# every method under one aggregation, in turn, and one of factors and one of products under all
+# every method under one aggregation, in turn, and under all: one of factors, one of products, one
+# of stacks and one of groups
 CASES = sorted(
     {(name, BOUNDING[i % len(BOUNDING)]) for i, name in enumerate(ROBUST)}
-    | {(name, how) for name in ("fedlora", "fedspine") for how in BOUNDING}
+    | {(name, how) for name in ("fedlora", "fedspine", "flora", "fedadapter") for how in BOUNDING}
 )
 
 
@@ -28,7 +30,7 @@ def attacked(bench, change):
     """A wrapper of the fleet in which one device's change is another."""
 
     def attack(reply):
-        if reply.device != BAD or isinstance(reply.value, ClassMeans):
+        if reply.device != BAD or isinstance(reply.value, ClassMeans | TrialResult):
             return reply
         return on_changes(reply, bench.task.base.layout, change)
 
@@ -49,14 +51,16 @@ def learnt(bench, method, state):
 
 @pytest.mark.parametrize(("name", "how"), CASES)
 def test_a_device_that_flips_its_change_does_not_keep_the_others_from_learning(name, how, lab):
-    method, bench = METHODS[name].toy(), lab(aggregation=CHOICES[how]())
+    method = METHODS[name].toy()
+    # as many in each group as the other methods have in all
+    bench = lab(aggregation=CHOICES[how](), kinds=KINDS * method.groups)
     state = bench.run(method, rounds=ROUNDS, around=attacked(bench, flipped(10)))
     assert learnt(bench, method, state)
     bounded = {row["values"]["device"] for row in bench.rows("note") if "bounded" in row["values"]}
     assert (BAD in bounded) == (how in ("norm_clip", "multi_krum"))
 
 
-@pytest.mark.parametrize("name", ["fedlora", "fedspine", "fedavg", "hetlora"])
+@pytest.mark.parametrize("name", ["fedlora", "fedspine", "fedavg", "hetlora", "flora"])
 def test_the_same_device_spoils_a_mean(name, lab):
     method, bench = METHODS[name].toy(), lab()
     state = bench.run(method, rounds=ROUNDS, around=attacked(bench, flipped(10)))
@@ -75,7 +79,9 @@ def test_resumed_equals_uninterrupted(name, how, lab):
     assert bits(lab("killed", aggregation=how).run(method, rounds=2)) == whole
 
 
-@pytest.mark.parametrize("name", ["hetlora", "flexlora", "fedspine", "legend", "pyramidfl"])
+@pytest.mark.parametrize(
+    "name", ["hetlora", "flexlora", "fedspine", "legend", "pyramidfl", "flora"]
+)
 def test_bounds_that_nobody_reaches_change_no_bit(name, lab):
     method = METHODS[name].toy()
     plain, bounded = lab("plain"), lab("bounded", aggregation=NormClip(bound=100.0))

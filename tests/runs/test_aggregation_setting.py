@@ -21,6 +21,7 @@ def test_methods_without_a_half_on_the_server_know_all_aggregations():
     robust = {name for name, cls in all_methods().items() if cls.robust}
     assert robust >= {"fedlora", "hetlora", "flexlora", "fedspine", "fedspine-plus", "fedavg"}
     assert robust >= {"loraprune", "magnitude", "prune_after", "linear_probe", "pyramidfl"}
+    assert robust >= {"flora", "fedadapter", "legend", "fedquad", "fed-hello", "ffa-lora"}
     assert set(SPLIT) >= {"splitlora", "splitfed_v1", "splitfed_v2", "mergesfl", "adasfl"}
 
 
@@ -88,6 +89,20 @@ def test_what_cannot_work_is_refused_in_one_line(settings, line):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("how", "each"), [("median", 3), ("trimmed_mean", 5), ("multi_krum", 5), ("norm_clip", 2)]
+)
+def test_each_group_of_a_round_needs_enough_replies(how, each):
+    made = Recipe(method="fedadapter", aggregation=how, devices=30, per_round=3 * each)
+    assert made.fleet.aggregation == CHOICES[how]()
+    line = (
+        f"fedadapter divides the {3 * each - 1} replies of a round into up to 3 groups, and for "
+        f"each of them fleet.aggregation is {how}.* needs {each} replies .* there "
+    )
+    with pytest.raises(BadInput, match=line):
+        Recipe(method="fedadapter", aggregation=how, devices=30, per_round=3 * each - 1)
+
+
 def real_sites(count):
     sites = RealSites(Path("kit"))
     sites._link = SimpleNamespace(sites=[f"site-{i}" for i in range(count)])
@@ -100,9 +115,11 @@ def test_real_sites_bound_norms_by_default():
     for how in CHOICES:
         said = real_sites(5).adapted(Recipe(method="fedlora", aggregation=how))
         assert said.fleet.aggregation == CHOICES[how]()
+    grouped = real_sites(6).adapted(Recipe(method="fedadapter"))
+    assert grouped.fleet.aggregation == NormClip()
 
 
-@pytest.mark.parametrize(("method", "sites"), [("splitlora", 5), ("fedlora", 1)])
+@pytest.mark.parametrize(("method", "sites"), [("splitlora", 5), ("fedlora", 1), ("fedadapter", 5)])
 def test_where_norms_cannot_be_bounded_the_run_says_so(method, sites):
     adapted = real_sites(sites).adapted(Recipe(method=method))
     assert adapted.fleet.aggregation is None

@@ -5,6 +5,8 @@ from dataclasses import replace
 import torch
 
 from fedspine.core.tensors import single
+from fedspine.lm.lora import is_a
+from fedspine.methods.flora import FloraOrder
 from fedspine.methods.pyramidfl import PyramidResult
 from fedspine.pruning.device import SpineResult, contribution
 
@@ -21,7 +23,11 @@ def on_changes(reply, layout, change):
         back = getattr(result, field, None)
         if back is None:
             continue
-        back, sent = single(back), single(getattr(order, field))
+        back = single(back)
+        if field == "adapter" and isinstance(order, FloraOrder):  # a fresh one, whose B is zero
+            sent = {n: each if is_a(n) else torch.zeros_like(each) for n, each in back.items()}
+        else:
+            sent = single(getattr(order, field))
         if field == "adapter" and isinstance(result, SpineResult):
             sent = contribution(layout, reply).sent
         sent = {name: sent[name][tuple(map(slice, tensor.shape))] for name, tensor in back.items()}

@@ -2,7 +2,7 @@
 exchange alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Self
 
@@ -38,6 +38,7 @@ def echo(device: Device, order: EchoOrder) -> EchoResult:
 
 @message
 class EchoState:
+    round: int
     layout: PrunableLayout
     head: Tensors
 
@@ -60,7 +61,7 @@ class EchoMethod:
         pass
 
     def start(self, task: Task, rng: np.random.Generator) -> EchoState:
-        return EchoState(layout=task.base.layout, head=task.base.initial_head(rng))
+        return EchoState(round=0, layout=task.base.layout, head=task.base.initial_head(rng))
 
     def round(self, state: EchoState, fleet: Fleet) -> EchoState:
         for size in self.sizes:
@@ -78,7 +79,7 @@ class EchoMethod:
                     raise AllLost(f"{len(replies)} sites returned what they were sent")
                 if number >= 0:
                     fleet.note(size=size, seconds=seconds)
-        return state
+        return replace(state, round=state.round + 1)
 
     def deploy(self, state: EchoState, device: DeviceId | None = None) -> Model:
         return Model(structure=full(state.layout), adapter={}, head=state.head, scale=1.0)

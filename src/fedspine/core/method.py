@@ -149,6 +149,7 @@ def method(
     *,
     merges_late: Work[Any, Any] | None = None,
     robust: bool = False,
+    groups: int = 1,
     server_optimiser: bool = False,
     same_shapes: bool = False,
     changes_base: bool = False,
@@ -159,6 +160,7 @@ def method(
       order, which `fleet.quorum` below 1 needs; see `on_todays`.
     - `robust`: the method merges everything that devices send by `fleet.aggregation`, which any
       aggregation but the mean needs; see `core.merging.merged`.
+    - `groups`: into how many groups of devices at most it divides a round, each merged by itself.
     - `server_optimiser`: everything that it merges takes the step of `fleet.server`, as
       `core.merging` does it.
     - `same_shapes`: a device trains tensors of the same names, shapes and meaning whenever it is
@@ -196,6 +198,7 @@ def method(
         late = None if merges_late is None else name_of(merges_late)
         cls.merges_late = late  # type: ignore[attr-defined]
         cls.robust = robust  # type: ignore[attr-defined]
+        cls.groups = groups  # type: ignore[attr-defined]
         cls.server_optimiser = server_optimiser  # type: ignore[attr-defined]
         cls.same_shapes = same_shapes  # type: ignore[attr-defined]
         cls.changes_base = changes_base  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from fedspine.core.checks import Asked, need, within
 from fedspine.core.device import Device, DeviceId, on_device
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet, Reply
-from fedspine.core.merging import merged
+from fedspine.core.merging import Weighted, combined, merged
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import LeastWork, method, on_todays, usable
 from fedspine.core.reads import Reads
@@ -143,7 +143,7 @@ class FedAdapterState:
     branches: dict[str, Branch]
 
 
-@method("fedadapter", merges_late=tune_adapter)
+@method("fedadapter", merges_late=tune_adapter, robust=True, groups=len(BRANCHES))
 @dataclass(frozen=True)
 class FedAdapter(LocalTraining):
     """LoRA whose depth and rank grow as long as trials show a gain.
@@ -321,7 +321,9 @@ class FedAdapter(LocalTraining):
         return replace(state, branches=self._next_branches(state, best))
 
     def _best_branch(self, fleet: Fleet, tried: Mapping[str, Branch]) -> str:
-        """The branch with the highest mean accuracy over the rows of all devices that reply."""
+        """The branch with the highest accuracy on the rows of all devices that reply, merged by
+        `fleet.aggregation`.
+        """
         order = TrialOrder(
             adapters={name: half(branch.adapter) for name, branch in tried.items()},
             heads={name: half(branch.head) for name, branch in tried.items()},
@@ -331,12 +333,17 @@ class FedAdapter(LocalTraining):
         replies = fleet.ask(score_branches, {device.id: order for device in fleet.devices})
         if not replies:
             return PRESENT
-        weighed = usable(replies, fleet)
-        total = sum(reply.weight for reply in weighed)
-        means = {
-            name: sum(r.weight * r.value.accuracies[name] for r in weighed) / total
-            for name in tried
-        }
+        found = [
+            Weighted(
+                reply.device,
+                reply.weight,
+                {name: torch.tensor(reply.value.accuracies[name]) for name in tried},
+            )
+            for reply in usable(replies, fleet)
+        ]
+        nothing = {name: torch.tensor(0.0) for name in tried}
+        merged_accuracies = combined(fleet, "accuracies", found, nothing)
+        means = {name: float(accuracy) for name, accuracy in merged_accuracies.items()}
         winner = max(means, key=means.__getitem__)  # the first wins a tie
         fleet.note(trial=means, winner=winner, depth=tried[winner].depth, rank=tried[winner].width)
         return winner

@@ -15,13 +15,14 @@ import torch
 
 from fedspine.core.checks import Asked, need, tensors_of
 from fedspine.core.device import Device, DeviceId, on_device
-from fedspine.core.fleet import Fleet
-from fedspine.core.merging import merged
+from fedspine.core.fleet import Fleet, Reply
+from fedspine.core.merging import bounded, merged, trims
 from fedspine.core.message import Tensors, message
 from fedspine.core.method import method, on_todays, usable
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task
 from fedspine.core.tensors import half, single
+from fedspine.lm.aggregate import Contribution, mean_product
 from fedspine.lm.base import Model
 from fedspine.lm.cost import HALF
 from fedspine.lm.lora import a_name, adapter_rank, b_name, fresh, is_a, w_name
@@ -144,9 +145,10 @@ def _merge_stacks(device: Device, order: FloraOrder) -> Merged:
 
 def stacked(weighted: Sequence[tuple[float, Tensors]]) -> Tensors:
     """One adapter in fp16 whose product is the weighted sum of those of adapters of any ranks: A is
-    all p_k A_k stacked vertically, B all B_k side by side. The weights p_k sum to 1.
+    all p_k A_k stacked vertically, B all B_k side by side. The weights p_k sum to 1; if all are 0,
+    so is the product.
     """
-    total = sum(weight for weight, _ in weighted)
+    total = sum(weight for weight, _ in weighted) or 1.0
     return {
         name: torch.cat(
             [
@@ -164,12 +166,24 @@ def merged_stack(layout: PrunableLayout, change: Tensors, stack: Tensors) -> Ten
 
     The server and every device compute the same sums, round by round, so they have the same bits.
     """
+    return _added(layout, change, _products(layout, stack))
+
+
+def _added(layout: PrunableLayout, change: Tensors, products: Tensors) -> Tensors:
+    """The change of all weights plus these products, which have the names of `_products`."""
     after: Tensors = {}
     for site in layout.sites:
-        product = stack[b_name(site.path)].float() @ stack[a_name(site.path)].float()
-        before = change.get(w_name(site.path))
+        product, before = products[site.path], change.get(w_name(site.path))
         after[w_name(site.path)] = (product if before is None else product + before.float()).half()
     return after
+
+
+def _products(layout: PrunableLayout, adapter: Tensors) -> Tensors:
+    """The product B A of every site, by path, fp32."""
+    return {
+        site.path: adapter[b_name(site.path)].float() @ adapter[a_name(site.path)].float()
+        for site in layout.sites
+    }
 
 
 @message
@@ -187,7 +201,7 @@ class FloraState:
     versions: dict[str, int]  # the round whose weights a device has; others have the base
 
 
-@method("flora", merges_late=merge_and_tune, changes_base=True)
+@method("flora", merges_late=merge_and_tune, robust=True, changes_base=True)
 @dataclass(frozen=True)
 class Flora(UnequalRanks):
     """LoRA at ranks that differ by device, aggregated by stacking and merged into the base.
@@ -225,15 +239,12 @@ class Flora(UnequalRanks):
             fleet.note(
                 device=reply.device, rank=reply.order.rank, sparsity=0.0, loss=reply.value.loss
             )
-        stack = stacked([(float(reply.weight), reply.value.adapter) for reply in replies])
         # without a reply, the server does not know what a device has merged
         known = {id: version for id, version in state.versions.items() if id not in orders}
         return replace(
             state,
             round=state.round + 1,
-            change=merged_stack(state.layout, state.change, stack),
-            merged_rank=min(state.merged_rank + adapter_rank(stack), _full_rank(state.layout)),
-            stacks=_stacks_to_keep(state.layout, state.stacks | {str(state.round): stack}),
+            **_merged_products(state, fleet, replies),
             **merged(replies, fleet, head=state.head),
             versions=known | {reply.device: reply.order.round for reply in replies},
         )
@@ -271,6 +282,50 @@ class Flora(UnequalRanks):
                 )
             orders[profile.id] = made[since, rank]
         return orders
+
+
+def _merged_products(
+    state: FloraState, fleet: Fleet, replies: Sequence[Reply[LoraResult]]
+) -> dict[str, Any]:
+    """The change after a round, its rank, and the stacks, by their names in the state.
+
+    Products are bounded and left out as `fleet.aggregation` says. Their median or trimmed mean has
+    any rank, so no stack has it, and devices are sent the whole change.
+    """
+    layout, adapters = state.layout, [reply.value.adapter for reply in replies]
+    if trims(fleet.aggregation):
+        parts = [
+            Contribution(sent={}, back=adapter, structure=full(layout), weight=float(reply.weight))
+            for reply, adapter in zip(replies, adapters, strict=True)
+        ]
+        nothing = {site.path: torch.zeros(site.rows, site.columns) for site in layout.sites}
+        mean = mean_product(layout, nothing, parts, fleet.aggregation)
+        change = _added(layout, state.change, mean)
+        return {"change": change, "merged_rank": _full_rank(layout), "stacks": {}}
+    shares = bounded(
+        fleet,
+        "adapter",
+        [reply.device for reply in replies],
+        (_products(layout, adapter) for adapter in adapters),
+    )
+    counted = [
+        (float(reply.weight), _shortened(adapter, share))
+        for reply, adapter, share in zip(replies, adapters, shares, strict=True)
+        if share
+    ]
+    stack = stacked(counted or [(0.0, adapters[0])])
+    return {
+        "change": merged_stack(layout, state.change, stack),
+        "merged_rank": min(state.merged_rank + adapter_rank(stack), _full_rank(layout)),
+        "stacks": _stacks_to_keep(layout, state.stacks | {str(state.round): stack}),
+    }
+
+
+def _shortened(adapter: Tensors, share: float) -> Tensors:
+    """The adapter with its products times `share`."""
+    if share == 1:
+        return adapter
+    return {name: tensor if is_a(name) else share * tensor for name, tensor in adapter.items()}
 
 
 def _changes_since(state: FloraState, since: int) -> dict[str, Any]:

@@ -180,8 +180,8 @@ class RealSites:
 
 def _by_default(method: Any, fleet: FleetSection) -> Aggregation | None:
     """What bounds the harm of a bad site, where the method and the number of sites allow it."""
-    how = NormClip()
-    return how if method.robust and fleet.replies >= how.fewest(fleet.replies) else None
+    how, replies = NormClip(), fleet.replies // method.groups
+    return how if method.robust and replies >= how.fewest(replies) else None
 
 
 def _aggregation_line(recipe: Recipe) -> str:

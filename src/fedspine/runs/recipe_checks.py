@@ -125,3 +125,10 @@ def check_aggregation(method: Any, fleet: FleetSection) -> None:
             f"out, or choose one of {listed(able)}"
         )
     how.check(fleet.replies)
+    try:
+        how.check(fleet.replies // method.groups)
+    except BadInput as few:
+        raise BadInput(
+            f"{method.name} divides the {fleet.replies} replies of a round into up to "
+            f"{method.groups} groups, and for each of them {few}"
+        ) from few
