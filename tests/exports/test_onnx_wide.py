@@ -17,7 +17,7 @@ WIDE = (7, 70)
 
 def graph_of(path, *, wide=30.0):
     """Embeddings of unlike sizes; gains as those of a norm, two of them `wide` times the others;
-    two products of the same input.
+    two products of the same input, the first with a bias.
     """
     rng = np.random.default_rng(0)
     table = rng.normal(size=(WORDS, WIDTH)) * rng.uniform(0.3, 1, (WORDS, 1))
@@ -26,12 +26,14 @@ def graph_of(path, *, wide=30.0):
     for name in ("first", "second"):
         weights[name] = rng.normal(size=(WIDTH, OUT))
         weights[name][WIDE, :] /= wide  # they count no more than the others
+    weights["bias"] = rng.normal(size=OUT)
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["words"], name="look up"),
         helper.make_node("Mul", ["words", "gains"], ["x"], name="gain"),
         helper.make_node("MatMul", ["x", "first"], ["a"], name="one"),
         helper.make_node("MatMul", ["x", "second"], ["b"], name="two"),
-        helper.make_node("Add", ["a", "b"], ["logits"], name="sum"),
+        helper.make_node("Add", ["bias", "a"], ["c"], name="biased"),
+        helper.make_node("Add", ["c", "b"], ["logits"], name="sum"),
     ]
     shape = ["rows", "tokens"]
     model = helper.make_model(
@@ -75,6 +77,13 @@ def test_split_computes_the_same(tmp_path):
     assert kept["x_places"].tolist() == list(WIDE)
     assert not kept["a_narrow_weight"][list(WIDE)].any()
     assert "first" not in kept
+    sums = {n.output[0]: set(n.input) for n in graph.graph.node if n.op_type == "Add"}
+    assert sums == {  # the bias at the product that is quantised, which can then add it
+        "a_biased": {"a_narrow", "bias"},
+        "c": {"a_biased", "a_wide"},
+        "b": {"b_narrow", "b_wide"},
+        "logits": {"c", "b"},
+    }
 
 
 def test_int8_loses_less(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ arXiv:2208.07339). The set of wide channels is fixed at export, since it hardly 
 Each token's embedding has its own scale.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -63,8 +64,11 @@ def split(graph: "onnx.ModelProto", feeds: Feeds, scratch: Path) -> list[str]:
     weights = {tensor.name: tensor for tensor in graph.graph.initializer}
     sizes = _widths(graph, weights, feeds, scratch)
     wide = {name: chosen for name, each in sizes.items() if len(chosen := _wide(each))}
-    nodes, apart, parted = [], [], set()
+    biased = _biased(graph, weights)
+    nodes, apart, parted, done = [], [], set(), set()
     for node in graph.graph.node:
+        if node.output[0] in done:
+            continue
         if not _is_product(node, weights) or node.input[0] not in wide:
             nodes.append(node)
             continue
@@ -73,9 +77,10 @@ def split(graph: "onnx.ModelProto", feeds: Feeds, scratch: Path) -> list[str]:
             parted.add(x)
             nodes += _parted(graph, x, wide[x], len(sizes[x]))
         matrix = np.array(numpy_helper.to_array(weights[w]))
-        others, few, total = _summed(graph, node, matrix, wide[x])
-        nodes += [others, few, total]
-        apart.append(few.name)
+        summed = _summed(graph, node, matrix, wide[x], biased.get(node.output[0]))
+        nodes += summed
+        done.add(summed[-1].output[0])
+        apart.append(f"{node.output[0]}_wide")
     _replace(graph, nodes)
     return apart
 
@@ -98,10 +103,16 @@ def _parted(
 
 
 def _summed(
-    graph: "onnx.ModelProto", node: "onnx.NodeProto", matrix: np.ndarray, chosen: np.ndarray
+    graph: "onnx.ModelProto",
+    node: "onnx.NodeProto",
+    matrix: np.ndarray,
+    chosen: np.ndarray,
+    bias: tuple[str, str] | None,
 ) -> list["onnx.NodeProto"]:
     """The nodes that replace a product by the products of narrow and of wide channels and their
-    sum.
+    sum; with a `bias`, its name and the sum's after it, they add this, too.
+
+    The runtime adds a bias within the quantised product that it follows.
     """
     from onnx import helper
 
@@ -109,11 +120,35 @@ def _summed(
     few = _constant(graph, f"{y}_wide_weight", matrix[chosen])
     matrix[chosen] = 0  # so that these rows widen no scale of the others
     others = _constant(graph, f"{y}_narrow_weight", matrix)
-    return [
+    products = [
         helper.make_node("MatMul", [f"{x}_narrow", others], [f"{y}_narrow"], name=node.name),
         helper.make_node("MatMul", [f"{x}_wide", few], [f"{y}_wide"], name=f"{y}_wide"),
-        helper.make_node("Add", [f"{y}_narrow", f"{y}_wide"], [y]),
     ]
+    if bias is None:
+        return [*products, helper.make_node("Add", [f"{y}_narrow", f"{y}_wide"], [y])]
+    name, after = bias
+    return [
+        *products,
+        helper.make_node("Add", [f"{y}_narrow", name], [f"{y}_biased"]),
+        helper.make_node("Add", [f"{y}_biased", f"{y}_wide"], [after]),
+    ]
+
+
+def _biased(
+    graph: "onnx.ModelProto", weights: Mapping[str, "onnx.TensorProto"]
+) -> dict[str, tuple[str, str]]:
+    """The constant vector that is added to a node's output, and the sum, by output; only where
+    nothing else reads the output.
+    """
+    readers = Counter(name for node in graph.graph.node for name in node.input)
+    readers.update(one.name for one in graph.graph.output)
+    found = {}
+    for node in graph.graph.node:
+        if node.op_type == "Add":
+            for y, vector in (node.input, reversed(node.input)):
+                if vector in weights and len(weights[vector].dims) == 1 and readers[y] == 1:
+                    found[y] = (vector, node.output[0])
+    return found
 
 
 def _constant(graph: "onnx.ModelProto", name: str, value: np.ndarray) -> str:
