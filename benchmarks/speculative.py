@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
-PROMPT = 8  # tokens of a test row that are continued, or half of a shorter one
+PROMPT = 8  # tokens at most of a test row that are continued, unless it is a dialogue
 PROMPTS, TOKENS = 12, 48  # prompts, and new tokens of each
 DRAFTED = (2, 4, 8)  # tokens of the draft before each call of the dense model
 
@@ -71,12 +71,8 @@ def main(folder: Path, device: str, base: str | None, prompts: int, new: int) ->
     rows, rows_from = parity_rows(run.recipe, run.record, run.tokenizer, None, prompts)
     # a text may be cut into several rows, so of these as many as were asked for
     rows = rows.take(np.linspace(0, len(rows) - 1, min(prompts, len(rows))).astype(int))
-    starts, lengths = rows.offsets[:-1], np.minimum(PROMPT, -(-rows.lengths // 2))
-    texts = [
-        rows.ids[start : start + length].tolist()
-        for start, length in zip(starts, lengths, strict=True)
-        if length
-    ]
+    most = PROMPT if rows.counted is None else None
+    texts = [rows.prompt(row)[:most].tolist() for row in np.flatnonzero(rows.lengths)]
     lines = [
         f"{run.recipe.task.model} of a run of {run.recipe.method.name}; the draft is its model "
         f"`{device}`, sparsity {draft.sparsity:.2f}, {draft.parameters / dense.parameters:.2f} of "

@@ -77,6 +77,16 @@ class Examples:
         """The index of the text that each of these rows was cut from; for most tasks the row."""
         return rows if self.sources is None else self.sources[rows]
 
+    def prompt(self, row: int) -> np.ndarray:
+        """What a language model is given of a row to continue it, int32 [tokens]: of a dialogue all
+        before the first label, of another text its first half, one token at least.
+        """
+        part = slice(self.offsets[row], self.offsets[row + 1])
+        ids = self.ids[part]
+        if self.counted is not None and self.counted[part].any():
+            return ids[: self.counted[part].argmax()]
+        return ids[: max(1, len(ids) // 2)]
+
     def predicted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The number of labels in each of these rows: its class, or its tokens except the first and
         the context, or those that are `counted`.

@@ -132,12 +132,9 @@ def _in_two_steps(module: nn.Module) -> Any:
 def _equal_continuations(
     module: nn.Module, exported: Loaded, examples: Examples, ends: list[int]
 ) -> float:
-    """The share of prompts, the first halves of a few rows, that both models continue alike."""
+    """The share of the prompts of a few rows that both models continue alike."""
     rows = np.flatnonzero(examples.lengths)[:CONTINUED]
-    prompts = [
-        examples.ids[examples.offsets[row] :][: max(1, examples.lengths[row] // 2)].tolist()
-        for row in rows
-    ]
+    prompts = [examples.prompt(row).tolist() for row in rows]
     continued = [
         written(one, prompts, Decoding(NEW), ends=ends, padding=exported.tokenizer.pad_token_id)
         for one in (module, exported.module)
