@@ -68,6 +68,7 @@ def test_the_answer_and_its_end_are_learnt_after_what_asks_for_it(tokenizer, nam
     assert ids == prompt_ids(tokenizer, [("user", "good of")]) + learnt
     assert end_of_answers(tokenizer) == END
     assert data.predicted([0]).tolist() == [len(learnt)]
+    assert data.prompt(0).tolist() == prompt_ids(tokenizer, [("user", "good of")])
 
 
 def test_plain_prompts_are_lines(tokenizer):

@@ -107,6 +107,14 @@ def test_classes_are_distinguished_from_texts(tiny_folder):
         assert texts_of(found) == [plain] and found.context is None
 
 
+def test_of_a_text_its_first_half_is_continued(decoder):
+    _, tokenizer = decoder
+    found = encode(tokenizer, of("good bad small big", ""), "causal-lm", 32)
+    whole = [*tokenizer("good bad small big")["input_ids"], END]
+    assert found.prompt(0).tolist() == whole[: len(whole) // 2]
+    assert len(found.prompt(1)) == 1
+
+
 # --- windows ---
 
 
