@@ -83,7 +83,7 @@ def test_no_graph_keeps_an_expanded_weight(bases):
     *_, few = bases
     model = model_on(few)
     for site in few.layout.sites[1::2]:
-        del model.adapter[f"{site.path}.lora_A"]
+        del model.adapter[f"{site.path}.lora_A"], model.adapter[f"{site.path}.lora_B"]
     # of the feed-forward layers, since no head has these
     shapes = {(site.rows, site.columns) for site in few.layout.sites if site.per_unit == 1}
     seen = []

@@ -241,8 +241,8 @@ BAD_COMMANDS = {  # arguments, and what the line must say
         ["quantisation 'q5_k_m'", "known: f16, q4_k_m, q8_0", "llama-quantize"],
     ),
     "quantisation of another format": (
-        "export {place}/run --quantize int8 --to {place}/x",
-        ["--quantize is for --format onnx and gguf, not hf"],
+        "export {place}/run --format peft --quantize int8 --to {place}/x",
+        ["--quantize is for --format hf, onnx, gguf, not peft"],
     ),
     "graph with its base": (
         "export {place}/run --format onnx --with-base --to {place}/x",

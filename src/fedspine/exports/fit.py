@@ -233,7 +233,8 @@ def _measured(trial: _Trial, place: Path, query: FitQuery, tokens: int | None) -
         )[batch]
     else:
         cost = run.cost(trial.device, batch, tokens)
-        single = trial.quantize in (None, "none")
+        # weights in int8 of format hf are expanded, so its products are in fp32, too
+        single = trial.format == "hf" or trial.quantize in (None, "none")
         seconds = predicted_seconds(query.device_kind, cost, single=single)
     memory = peak_memory_bytes(place, tokens=tokens, threads=query.threads, batches=(batch,))
     return Candidate(

@@ -16,7 +16,7 @@ from fedspine.core.task import Examples, TaskKind
 from fedspine.data.array_rows import GivenRows
 from fedspine.exports import of_run
 from fedspine.exports.agreement import answers, net_answers
-from fedspine.exports.of_run import QUANTISATIONS, RunModel
+from fedspine.exports.of_run import RunModel
 from fedspine.exports.parity_rows import RANDOM_WORDS, parity_rows
 from fedspine.exports.saved_run import DENSE, GLOBAL, device_ids_of
 from fedspine.lm.cost import Extent, forward_flops
@@ -151,7 +151,7 @@ class TextRun:
         of_run.check_kind(format, self.run)
 
     def export(self, name: str, format: str, quantize: str | None, to: Path) -> None:
-        compared = format in QUANTISATIONS
+        compared = format in of_run.OTHER_RUNTIMES or quantize not in (None, "none")
         rows = self.given if compared else None
         options = of_run.ExportOptions(quantize=quantize, rows=rows, parity=compared)
         of_run.check_options(format, options)

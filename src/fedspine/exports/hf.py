@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 from fedspine.core.errors import BadInput
 from fedspine.core.message import Tensors
 from fedspine.core.task import Pooling, TaskKind
+from fedspine.exports import hf_int8
 from fedspine.exports.card import CONFIG, FORMAT, WEIGHTS, Card
 from fedspine.exports.load import Loaded, load_model
 from fedspine.exports.parity import ParityCheck, write_parity
@@ -93,6 +94,7 @@ def export(
     provenance: Provenance | None = None,
     parity_check: ParityCheck | None = None,
     vocabulary: VocabularyCut | None = None,
+    quantize: str = "none",
 ) -> Path:
     """Write `model` as a new folder: config.json, model.safetensors, the tokenizer, README.md.
 
@@ -100,9 +102,10 @@ def export(
     adapter that `fedspine.exports.peft` writes. `chat` says that it was tuned on dialogues, and
     `structure` which one the run's method asked for; `provenance` is where it comes from, and
     `vocabulary` what is left of the model's (None: all). `parity_check` compares what was written
-    with the run's model, and its report goes into parity.json and README.md. The folder appears at
-    once and complete. Raises BadInput where it exists already, where the base is not fp32, where
-    `labels` are not those that the head was trained for, and what `parity_check` raises.
+    with the run's model, and its report goes into parity.json and README.md. With `quantize` "int8"
+    the blocks' weights are int8. The folder appears at once and complete. Raises BadInput where it
+    exists already, where the base is not fp32, where `labels` are not those that the head was
+    trained for, and what `parity_check` and `hf_int8.quantise` raise.
     """
     folder = Path(folder)
     _check(base, folder, labels, kind)
@@ -125,7 +128,7 @@ def export(
         provenance=provenance,
         vocabulary=vocabulary,
     )
-    _write(folder, config, card, tensors, tokenizer, parity_check)
+    _write(folder, config, card, tensors, tokenizer, parity_check, quantize)
     return folder
 
 
@@ -232,6 +235,7 @@ def _write(
     tensors: Tensors,
     tokenizer: Any,
     parity_check: ParityCheck | None,
+    quantize: str,
 ) -> None:
     with whole_folder(folder) as partial:
         settings = config.to_diff_dict() | {"fedspine": asdict(card)}
@@ -241,15 +245,20 @@ def _write(
         )
         save_file(tensors, partial / WEIGHTS, {"format": "pt"})
         tokenizer.save_pretrained(partial)
+        if quantize == "int8":
+            hf_int8.quantise(partial, card)
         measured = "" if parity_check is None else write_parity(parity_check(partial), partial)
-        (partial / "README.md").write_text(_readme(card, tensors, measured), encoding="utf-8")
+        (partial / "README.md").write_text(
+            _readme(card, tensors, measured, quantize), encoding="utf-8"
+        )
 
 
-def _readme(card: Card, tensors: Tensors, measured: str) -> str:
+def _readme(card: Card, tensors: Tensors, measured: str, quantize: str) -> str:
     parameters = sum(tensor.numel() for tensor in tensors.values())
     auto = CLASSES[card.pooling]
     how = f" {HOW}" if card.pooling == "mean" else ""
-    stock = f"Stock transformers loads it: `{auto}.from_pretrained(folder)`.{how}"
+    beside = "" if quantize == "none" else " with torchao and accelerate"
+    stock = f"Stock transformers loads it{beside}: `{auto}.from_pretrained(folder)`.{how}"
     if card.pooling == "bi-encoder":
         stock = BI_ENCODER.format(max_tokens=card.max_tokens)
     if not card.stock:
@@ -271,6 +280,7 @@ Fine-tuned over many devices and pruned by fedspine; the adapter is {adapter}.
 |---|---|
 | task | {card.kind}{": " + ", ".join(card.labels) if card.labels else ""} |
 {rows_of(card.provenance)}| parameters | {parameters:,} |
+| numbers | {"fp32" if quantize == "none" else f"{quantize} in the blocks, else fp32"} |
 {card.rows}
 {measured}Load it with `fedspine.load_model(folder)` or run `fedspine predict`. {stock}
 """

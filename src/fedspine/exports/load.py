@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from fedspine.core.errors import BadInput, reason_of
+from fedspine.exports import hf_int8
 from fedspine.exports.card import (
     BASE,
     CONFIG,
@@ -66,13 +67,15 @@ def load_model(folder: str | Path, *, threads: int | None = None) -> Any:
     tokenizer = _read(folder, AutoTokenizer)
     format = format_of(folder)
     graph = format in RUNTIMES
+    int8 = format == "hf" and hf_int8.ENTRY in config.to_dict()
     # for a graph, only the sizes of the module that it was made from are needed
     with torch.device("meta") if graph else nullcontext():
-        module = _module(folder, card, config)
+        module = hf_int8.load(folder, card) if int8 else _module(folder, card, config)
     if graph:
         running = _of_graph(weights_of(folder), config, threads, decoder=card.pooling is None)
     else:
-        _fill(module, folder / WEIGHTS)
+        if not int8:
+            _fill(module, folder / WEIGHTS)
         if adapter is not None:
             from fedspine.exports.peft import merged_into  # needs fedspine[peft]
 

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedspine.core.errors import BadInput, unknown
+from fedspine.core.errors import BadInput, listed, unknown
 from fedspine.core.task import TaskKind
-from fedspine.exports import hf, llama_cpp
+from fedspine.exports import hf, hf_int8, llama_cpp
 from fedspine.exports.parity import ParityCheck
 from fedspine.exports.provenance import provenance_of
 from fedspine.exports.run_parity import RunParityCheck
@@ -36,10 +36,12 @@ from fedspine.runs.task_record import TaskRecord
 
 FORMATS = ("hf", "onnx", "executorch", "gguf", "peft")
 QUANTISATIONS = {  # by format, the default first; other formats have none
+    "hf": ("none", "int8"),
     "onnx": ("none", "fp16", "int8", "int8-static"),
     "executorch": ("none",),
     "gguf": ("f16", "q8_0", "q4_k_m"),
 }
+OTHER_RUNTIMES = ("onnx", "executorch", "gguf")  # whose exports are always compared
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,12 @@ def export_opened(
     """`export_model` of a run that is open already, with options that were checked."""
     other = _other_runtime(format, run.record.kind)
     model, rows = run.model(device), options.rows
+    quantize = options.quantize or QUANTISATIONS.get(format, ("none",))[0]
     check = None
     if options.parity and other is None:
-        check = RunParityCheck(run.recipe, run.record, run.base, run.tokenizer, model, rows)
+        check = RunParityCheck(
+            run.recipe, run.record, run.base, run.tokenizer, model, rows, quantize
+        )
     more: dict[str, Any] = {}
     if format == "peft":
         from fedspine.exports.adapter import Origin, export_adapter
@@ -158,11 +163,10 @@ def export_opened(
         export_adapter(run.base, model, run.tokenizer, to, **described, parity_check=check)
     elif other is not None:
         check_kind(format, run)
-        quantize = options.quantize or QUANTISATIONS[format][0]
         found = _exported_elsewhere(other, run, model, device, to, quantize=quantize, rows=rows)
         more = {"quantize": quantize, "parity": asdict(found) | {"line": found.line}}
     else:
-        _merged(run, model, device, to, parity_check=check)
+        _merged(run, model, device, to, parity_check=check, quantize=quantize)
     if check is not None:
         more = {"parity": asdict(check.found) | {"line": check.found.line}}
     return {
@@ -191,7 +195,12 @@ def _card_of(run: RunModel, device: str) -> dict[str, Any]:
 
 
 def _merged(
-    run: RunModel, model: Model, device: str, to: Path, parity_check: ParityCheck | None = None
+    run: RunModel,
+    model: Model,
+    device: str,
+    to: Path,
+    parity_check: ParityCheck | None = None,
+    quantize: str = "none",
 ) -> Path:
     """The model as a Hugging Face folder."""
     return hf.export(
@@ -202,6 +211,7 @@ def _merged(
         chat=run.record.of_dialogues,
         structure=getattr(run.recipe.method, "structure", "free"),
         parity_check=parity_check,
+        quantize=quantize,
         **_card_of(run, device),
     )
 
@@ -264,9 +274,13 @@ def check_options(format: str, options: ExportOptions) -> None:
         )
     known, quantize = QUANTISATIONS.get(format), options.quantize
     if known in (None, ("none",)) and quantize not in (None, "none"):
-        able = " and ".join(name for name, ways in QUANTISATIONS.items() if len(ways) > 1)
+        able = listed(name for name, ways in QUANTISATIONS.items() if len(ways) > 1)
         raise BadInput(f"--quantize is for --format {able}, not {format}; leave one of them out")
-    if not options.parity and known is not None:
+    if not options.parity and quantize not in (None, "none"):
+        raise BadInput(
+            "--no-parity is for models in fp32; quantised ones are always compared, so leave it out"
+        )
+    if not options.parity and format in OTHER_RUNTIMES:
         raise BadInput(
             f"--no-parity is for --format hf and peft; exports of --format {format} are always "
             "compared, so leave it out"
@@ -279,6 +293,8 @@ def check_options(format: str, options: ExportOptions) -> None:
         raise _unknown_quantisation(format, quantize, known)
     if quantize in llama_cpp.QUANTISERS:
         llama_cpp.runtime()
+    if (format, quantize) == ("hf", "int8"):
+        hf_int8.check_installed()
 
 
 def _unknown_quantisation(format: str, quantize: str, known: tuple[str, ...]) -> BadInput:

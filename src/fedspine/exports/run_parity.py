@@ -24,8 +24,9 @@ class RunParityCheck:
         tokenizer: Any,
         model: Model,
         rows: str | None,
+        quantize: str = "none",
     ) -> None:
-        self._base, self._model = base, model
+        self._base, self._model, self._quantize = base, model, quantize
         self._language = record.kind == "causal-lm"
         most = decoder_parity.ROWS if self._language else classifier_parity.ROWS
         self._rows, self._rows_from = parity_rows(recipe, record, tokenizer, rows, most)
@@ -33,5 +34,6 @@ class RunParityCheck:
 
     def __call__(self, folder: Path) -> Any:
         compare = decoder_parity.parity_of if self._language else classifier_parity.parity_of
-        self.found = compare(self._base.fit(self._model), folder, self._rows, self._rows_from)
+        module = self._base.fit(self._model)
+        self.found = compare(module, folder, self._rows, self._rows_from, self._quantize)
         return self.found

@@ -44,7 +44,7 @@ class QuantisedWeight:
     def expanded(self) -> Float[Tensor, "rows columns"]:
         """The weight as a tensor of its own."""
         codes = unpacked(self.codes) if self.bits == 4 else self.codes
-        lines = _torchao().dequantize_affine(
+        lines = torchao().quant_primitives.dequantize_affine(
             codes,
             (1, codes.shape[1] // self.scale.shape[1]),
             self.scale,
@@ -86,12 +86,12 @@ def quantised(
     to the nearest of its group's codes.
     """
     needs_torchao(layout.bits)
-    torchao, columns = _torchao(), site.column_units is not None
+    primitives, columns = torchao().quant_primitives, site.column_units is not None
     lines = (weight.T if columns else weight).contiguous().float()
     group, most = (1, layout.group), 2**layout.bits - 1
-    scale, zero = torchao.choose_qparams_affine(
+    scale, zero = primitives.choose_qparams_affine(
         lines,
-        torchao.MappingType.ASYMMETRIC,
+        primitives.MappingType.ASYMMETRIC,
         group,
         torch.uint8,
         0,
@@ -99,7 +99,7 @@ def quantised(
         scale_dtype=torch.bfloat16,  # as wide a range as the weights
         zero_point_dtype=torch.uint8,
     )
-    codes = torchao.quantize_affine(lines, group, scale, zero, torch.uint8, 0, most)
+    codes = primitives.quantize_affine(lines, group, scale, zero, torch.uint8, 0, most)
     return QuantisedWeight(
         codes=packed(codes) if layout.bits == 4 else codes,
         scale=scale.view(len(lines), -1),
@@ -131,13 +131,14 @@ def needs_torchao(bits: int | None) -> None:
 
 
 @cache
-def _torchao() -> Any:
+def torchao() -> Any:
+    """Its package `quantization`, imported without warnings about kernels for GPUs."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # of kernels for GPUs that are not here
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from torchao.quantization import quant_primitives
+            from torchao import quantization
     finally:
         logging.disable(before)
-    return quant_primitives
+    return quantization

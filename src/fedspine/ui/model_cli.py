@@ -43,9 +43,9 @@ def export(
     quantize: Annotated[
         str | None,
         typer.Option(
-            help="With --format onnx: none (fp32), fp16, int8 or int8-static (calibrated on the "
-            "run's training rows; of the two the faster for nets on arrays); with gguf: f16, q8_0 "
-            "or q4_k_m. Default: the first.",
+            help="With --format hf: none (fp32) or int8; with onnx also fp16 and int8-static "
+            "(calibrated on the run's training rows; of the two the faster for nets on arrays); "
+            "with gguf: f16, q8_0 or q4_k_m. Default: the first.",
             show_default=False,
         ),
     ] = None,

@@ -245,11 +245,12 @@ def export(
     `device` is a device's id, `global` or `dense`; `format` is `hf`, a merged model, `onnx`, the
     same for ONNX Runtime, `executorch`, a classifier of texts for ExecuTorch, `gguf`, a language
     model for llama.cpp, or `peft`, an adapter, and `with_base` adds the model that it fits; `base`
-    says where the run's base is now. `quantize` is `none` (the default), `fp16`, `int8` or
-    `int8-static` (calibrated on the run's training rows) for ONNX, and `f16` (the default), `q8_0`
-    or `q4_k_m` for GGUF. What was written is compared with the run's model on `rows` (None: the
-    run's test rows), which `parity=False` leaves out for `hf` and `peft`. `push_to_hub` is a
-    repository of the Hugging Face Hub that gets the folder, too, made `private` where it is new.
+    says where the run's base is now. `quantize` is `none` (the default) or `int8` for `hf`, also
+    `fp16` or `int8-static` (calibrated on the run's training rows) for ONNX, and `f16` (the
+    default), `q8_0` or `q4_k_m` for GGUF. What was written is compared with the run's model on
+    `rows` (None: the run's test rows), which `parity=False` leaves out for `peft` and for `hf` in
+    fp32. `push_to_hub` is a repository of the Hugging Face Hub that gets the folder, too, made
+    `private` where it is new.
     Raises BadInput for an unknown device, format or quantisation, for a folder that exists, for an
     export outside its tolerance, and where the Hub refuses.
 
