@@ -1,4 +1,4 @@
-"""Merged folders with int8 weights in the blocks, which stock transformers reads through torchao."""
+"""Merged folders with int8 weights in their blocks, which stock transformers reads by torchao."""
 
 import json
 import shutil
