@@ -4,6 +4,7 @@ refusal.
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -71,6 +72,15 @@ def stock(folder, kind):
 
 def entry(folder):
     return json.loads((folder / "config.json").read_text())["fedspine"]
+
+
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path):
+    before = os.umask(0o022)
+    try:
+        *_, folder = exported(tmp_path, "bert", "classification", "full")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -22,7 +22,8 @@ def bytes_in(folder: Path) -> int:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder` to write into; it gets that name at the end.
+    """Yield a new folder beside `folder` to write into; it gets that name at the end. Whoever may
+    read the folder may then read its files.
 
     After a failure nothing remains; an OSError becomes a BadInput.
     """
@@ -31,6 +32,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        _as_readable_as_its_folder(partial)
         partial.rename(folder)
     except OSError as error:
         reason = error.strerror or error
@@ -42,3 +44,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         for parent in made:  # the deepest first; those that hold something stay
             with suppress(OSError):
                 parent.rmdir()
+
+
+def _as_readable_as_its_folder(folder: Path) -> None:
+    """safetensors writes files that only their owner may read."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
