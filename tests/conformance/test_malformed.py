@@ -96,6 +96,7 @@ VARIANTS = {name: short(name) for name in sorted(METHODS)} | {
     "uniform": replace(
         short("fedspine"), structure="uniform", sparsity=0.4, teacher=DenseTeacher(hidden=0.1)
     ),
+    "few heads": replace(short("magnitude"), structure="few_heads", sparsity=0.4),
     "deep": replace(
         short("fedspine-plus"),
         depths=Lcd(rule="fixed", fixed=1),

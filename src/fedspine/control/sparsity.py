@@ -50,13 +50,15 @@ def counts(
     keep_heads: int = 2,
     keep_channels: float = 0.25,
     heads_dropped: Sequence[int] | None = None,
+    heads_target: float | None = None,
 ) -> tuple[int, int]:
     """The total heads and channels dropped at cumulative `sparsity`, on the way to `target`.
 
-    If `heads_dropped` is given, the number of heads is one of these, which include 0. Counts are
-    never below `dropped` (units do not grow back) and never above `final_counts`, which they reach
-    at the target. Heads are coarse, so before the target the sparsity may be off by one head's
-    share. Raises BadInput as `final_counts` does.
+    If `heads_dropped` is given, the number of heads is one of these, which include 0; if
+    `heads_target` is given, heads go faster than channels, as in `final_counts`. Counts are never
+    below `dropped` (units do not grow back) and never above `final_counts`, which they reach at the
+    target. Heads are coarse, so before the target the sparsity may be off by one head's share.
+    Raises BadInput as `final_counts` does.
 
     >>> minilm = LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768)
     >>> counts(minilm, 0.2, target=0.5), counts(minilm, 0.5, target=0.5, dropped=(2, 336))
@@ -69,6 +71,7 @@ def counts(
         keep_heads=keep_heads,
         keep_channels=keep_channels,
         heads_dropped=heads_dropped,
+        heads_target=heads_target,
     )
     heads_after, channels_after = (
         max(heads_after, heads_before),
@@ -81,7 +84,8 @@ def counts(
         possible = heads if heads_dropped is None else _at_most(heads, heads_dropped)
         return _clip(possible, heads_before, heads_after)
 
-    heads = nearest_below(floor(shape.heads * sparsity + TINY))
+    faster = 1.0 if heads_target is None else heads_target / target
+    heads = nearest_below(floor(shape.heads * faster * sparsity + TINY))
     channels = _channels_for(shape, sparsity, heads)
     if channels > channels_after:  # what the channels cannot give any more, heads must
         return nearest_below(round(_heads_for(shape, sparsity, channels_after))), channels_after
@@ -98,8 +102,10 @@ def final_counts(
     keep_heads: int = 2,
     keep_channels: float = 0.25,
     heads_dropped: Sequence[int] | None = None,
+    heads_target: float | None = None,
 ) -> tuple[int, int]:
-    """The heads and channels dropped at the end: the same share of both, within 0.0025 of `target`.
+    """The heads and channels dropped at the end: the same share of both, within 0.0025 of `target`;
+    or `heads_target` of the heads, and as many channels as make up for it.
 
     A layer so small that one channel is more than 0.005 of it ends within half a channel. If
     `keep_heads` (a count) and `keep_channels` (a share) forbid the target, they are relaxed only as
@@ -113,12 +119,18 @@ def final_counts(
     ... )
     >>> final_counts(shape, 0.5)
     (0, 2776)
+    >>> minilm = LayerShape(heads=12, channels=1536, head_parameters=49_152, channel_parameters=768)
+    >>> final_counts(minilm, 0.5, heads_target=0.75)
+    (9, 576)
     """
     if heads_dropped is not None:
         return _final_among(shape, target, heads_dropped, keep_heads, keep_channels)
     if not 0 <= target <= highest(shape) + _tolerance(shape):
         raise _unreachable(shape, target, highest(shape))
-    heads = _clip(floor(shape.heads * target + TINY), 0, max(shape.heads - keep_heads, 0))
+    share = target if heads_target is None else heads_target
+    most = floor(target * shape.parameters / shape.head_parameters + TINY)  # without any channel
+    heads = min(floor(shape.heads * share + TINY), shape.heads - keep_heads, most)
+    heads = max(heads, 0)
     floored, bare = (
         shape.channels - max(ceil(keep_channels * shape.channels), 1),
         shape.channels - 1,

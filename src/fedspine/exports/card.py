@@ -49,8 +49,11 @@ class Card:
     @property
     def structure_line(self) -> str:
         """The kind of structure, and the units per layer if it is uniform."""
-        if self.structure == "free":
-            return "free: layers may keep different numbers of heads and channels"
+        match self.structure:
+            case "free":
+                return "free: layers may keep different numbers of heads and channels"
+            case "few_heads":
+                return "few_heads: the share of kept heads is the square of that of kept weights"
         units = f"{self.heads[0]} heads and {self.channels[0]} channels"
         return f"uniform: {units} in every layer, which a stock configuration can describe"
 

@@ -25,7 +25,7 @@ from fedspine.lm.cost import (
 from fedspine.lm.importance import no_scores
 from fedspine.lm.importance_sources import ScoringOrder, scoring_cost
 from fedspine.lm.prunable_layout import PrunableLayout
-from fedspine.lm.structure import Structure, full, is_full, shrink
+from fedspine.lm.structure import Structure, StructureKind, full, is_full, shrink
 
 USABLE_MEMORY = 0.8  # share of a device's memory that training may take
 
@@ -213,7 +213,7 @@ def forecast(
     target: float,
     ranks: Sequence[int],
     load: float = 1.0,
-    uniform: bool = False,
+    kind: StructureKind = "free",
 ) -> list[ExchangeCost]:
     """The cost at each rank for a device that has `structure`, prunes to `sparsity` on the way to
     `target` and tunes.
@@ -225,7 +225,7 @@ def forecast(
     units = no_scores(layout)
     votes = (units.heads, units.channels)
     left = (
-        shrink(layout, structure, votes, sparsity=sparsity, target=target, uniform=uniform)
+        shrink(layout, structure, votes, sparsity=sparsity, target=target, kind=kind)
         if sparsity > 0
         else structure
     )

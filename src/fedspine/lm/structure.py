@@ -3,7 +3,7 @@ masks.
 """
 
 from math import ceil
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ HEAD_FLOOR, CHANNEL_FLOOR = (
 
 PROTECTED_FROM = 12  # layers of a decoder: of fewer, the last is too large a share to stay whole
 
-# whether layers may differ in how many units they keep, or all keep as many, so that a stock
-# configuration can say the sizes
-StructureKind: TypeAlias = Literal["free", "uniform"]
+# whether layers may differ in how many units they keep; or all keep as many, so that a stock
+# configuration can say the sizes; or fewer heads and more channels are kept than otherwise, since a
+# head takes more time than its weights
+StructureKind: TypeAlias = Literal["free", "uniform", "few_heads"]
 
 
 @message
@@ -166,17 +167,18 @@ def shrink(
     *,
     sparsity: float,
     target: float,
-    uniform: bool = False,
+    kind: StructureKind = "free",
 ) -> Structure:
     """Drop the least important units of every layer, until the model's sparsity is `sparsity` on
     its way to `target`.
 
     Already dropped units stay dropped; ties go to the lower index. Layers that `final_targets`
     protects keep everything and the others take their share. At `sparsity == target` the sparsity
-    is exact to the units' grain. `uniform` keeps as many units in every layer, and so many heads as
-    a stock configuration can say. Source: FedSpine (reconstructed), section 2.3.
+    is exact to the units' grain. A `kind` of "uniform" keeps as many units in every layer, and so
+    many heads as a stock configuration can say; "few_heads" keeps the square of the share of heads.
+    Source: FedSpine (reconstructed), section 2.3.
     """
-    finals = final_targets(layout, target, uniform=uniform)
+    finals = final_targets(layout, target, kind)
     heads, channels = structure.heads.clone(), structure.channels.clone()
     for layer, final in enumerate(finals):
         if final == 0:
@@ -187,9 +189,7 @@ def shrink(
             final * (sparsity / target),
             target=final,
             dropped=dropped,
-            keep_heads=HEAD_FLOOR,
-            keep_channels=CHANNEL_FLOOR,
-            heads_dropped=layout.heads_dropped if uniform else None,
+            **_rules(layout, final, kind),
         )
         _drop(heads[layer], scores[0][layer], wanted[0])
         _drop(channels[layer], scores[1][layer], wanted[1])
@@ -202,20 +202,29 @@ def check_target(layout: PrunableLayout, target: float, kind: str = "free") -> N
     """
     if kind not in get_args(StructureKind):
         raise unknown("method.structure", kind, get_args(StructureKind))
-    uniform = kind == "uniform"
-    shares = {"keep_heads": HEAD_FLOOR, "keep_channels": CHANNEL_FLOOR}
-    for final in set(final_targets(layout, target, uniform=uniform)):
-        if not uniform:
-            counts(layout.shape, final, target=final, **shares)
-            continue
+    for final in set(final_targets(layout, target, kind)):
         try:
-            may = layout.heads_dropped
-            counts(layout.shape, final, target=final, heads_dropped=may, **shares)
+            counts(layout.shape, final, target=final, **_rules(layout, final, kind))
         except BadInput as error:
+            if kind != "uniform":
+                raise
             raise BadInput(f'{error}, or set method.structure = "free"') from None
 
 
-def final_targets(layout: PrunableLayout, target: float, *, uniform: bool = False) -> list[float]:
+def _rules(layout: PrunableLayout, final: float, kind: StructureKind) -> dict[str, Any]:
+    """What `counts` is told of the heads and channels of a layer that ends at `final`."""
+    floors = {"keep_heads": HEAD_FLOOR, "keep_channels": CHANNEL_FLOOR}
+    match kind:
+        case "uniform":
+            return floors | {"heads_dropped": layout.heads_dropped}
+        case "few_heads":
+            return floors | {"heads_target": 1 - (1 - final) ** 2}
+    return floors
+
+
+def final_targets(
+    layout: PrunableLayout, target: float, kind: StructureKind = "free"
+) -> list[float]:
     """The final sparsity of every layer, so that the model's is `target`.
 
     Uniform structures, encoders, and decoders of fewer than `PROTECTED_FROM` layers: the same
@@ -227,7 +236,7 @@ def final_targets(layout: PrunableLayout, target: float, *, uniform: bool = Fals
     floors = shape.sparsity(
         shape.heads - HEAD_FLOOR, shape.channels - ceil(CHANNEL_FLOOR * shape.channels)
     )
-    protects = layout.decoder and not uniform and layout.layers >= PROTECTED_FROM
+    protects = layout.decoder and kind != "uniform" and layout.layers >= PROTECTED_FROM
     choices = ((int(0.1 * layout.layers), 1), (0, 1)) if protects else ()
     for first, last in choices:
         pruned = layout.layers - first - last

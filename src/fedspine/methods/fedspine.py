@@ -236,7 +236,7 @@ class FedSpine(LocalTraining):
                 target=self.sparsity,
                 ranks=ranks,
                 load=state.device_models.get(device, TextLoad(load=1.0)).load,
-                uniform=self.structure == "uniform",
+                kind=self.structure,
             )
             seconds = [fleet.foresee(device, **vars(cost)) for cost in costs]
             if None in seconds:

@@ -62,7 +62,7 @@ class SpineOrder:
     scale: float
     tuning: Tuning
     scoring: ScoringOrder
-    uniform: ClassVar[bool] = False  # whether every layer keeps as many units
+    kind: ClassVar[StructureKind] = "free"  # of the structures that it prunes to
 
     @property
     def reads(self) -> Reads:
@@ -85,7 +85,7 @@ class SpineOrder:
             (votes.heads, votes.channels),
             sparsity=sparsity,
             target=self.target,
-            uniform=self.uniform,
+            kind=self.kind,
         )
         return replace(
             self,
@@ -147,25 +147,45 @@ class UniformOrder(SpineOrder):
     says.
     """
 
-    uniform: ClassVar[bool] = True
+    kind: ClassVar[StructureKind] = "uniform"
 
 
 @message
 class TaughtUniformOrder(TaughtOrder):
     """Both."""
 
-    uniform: ClassVar[bool] = True
+    kind: ClassVar[StructureKind] = "uniform"
+
+
+@message
+class FewHeadsOrder(SpineOrder):
+    """The same for a device that keeps fewer heads and more channels; its name says it, too."""
+
+    kind: ClassVar[StructureKind] = "few_heads"
+
+
+@message
+class TaughtFewHeadsOrder(TaughtOrder):
+    """Both."""
+
+    kind: ClassVar[StructureKind] = "few_heads"
+
+
+ORDERS: dict[StructureKind, tuple[type[SpineOrder], type[TaughtOrder]]] = {
+    "free": (SpineOrder, TaughtOrder),
+    "uniform": (UniformOrder, TaughtUniformOrder),
+    "few_heads": (FewHeadsOrder, TaughtFewHeadsOrder),
+}
 
 
 def completed(order: SpineOrder, teacher: Teacher, structure: StructureKind) -> SpineOrder:
     """The order, with what the teacher of `method.teacher` says to a device, if there is one, and
     for `method.structure`.
     """
-    teaching, uniform = teacher.order, structure == "uniform"
+    teaching, (plain, taught) = teacher.order, ORDERS[structure]
     if teaching is not None:
-        kind = TaughtUniformOrder if uniform else TaughtOrder
-        return kind(**vars(order), teaching=teaching)
-    return UniformOrder(**vars(order)) if uniform else order
+        return taught(**vars(order), teaching=teaching)
+    return order if structure == "free" else plain(**vars(order))
 
 
 @message
@@ -204,7 +224,7 @@ class SpineResult:
             found = sparsity(layout, kept)
             need(found <= most, f"structure has sparsity {found:.3g}, but {most:.3g} is the most")
             need(
-                not order.uniform or is_even(kept),
+                order.kind != "uniform" or is_even(kept),
                 "structure keeps more units in one layer than in another, but is to be uniform",
             )
 
@@ -224,7 +244,7 @@ def prune_and_tune(device: Device, order: SpineOrder) -> SpineResult:
             (votes.heads, votes.channels),
             sparsity=order.sparsity,
             target=order.target,
-            uniform=order.uniform,
+            kind=order.kind,
         )
     adapter = cut_adapter(single(order.adapter), layout.sites, kept, within=order.structure)
     model = Model(structure=kept, adapter=adapter, head=single(order.head), scale=order.scale)
@@ -319,7 +339,7 @@ def deployed(
             scores,
             sparsity=due,
             target=fields.sparsity,
-            uniform=fields.structure == "uniform",
+            kind=fields.structure,
         )
     adapter = cut_adapter(state.adapter, state.layout.sites, structure)
     return Model(structure=structure, adapter=adapter, head=state.head, scale=fields.scale)

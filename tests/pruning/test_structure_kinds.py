@@ -1,5 +1,6 @@
-"""`structure = "uniform"`: as many units in every layer, chosen by layer, in sizes that a stock
-configuration can say; what the runs of all methods that prune deploy loads without our loader.
+"""Kinds of structure: `uniform`, as many units in every layer in sizes that a stock configuration
+can say, so that what the runs of all methods that prune deploy loads without our loader; and
+`few_heads`, fewer heads and more channels at the same sparsity.
 """
 
 import itertools
@@ -30,7 +31,13 @@ from fedspine.methods.fedspine_plus import FedSpinePlus
 from fedspine.methods.loraprune import LoraPrune
 from fedspine.methods.magnitude import MagnitudePruning
 from fedspine.methods.prune_after import PruneAfter
-from fedspine.pruning.device import SpineOrder, TaughtUniformOrder, UniformOrder
+from fedspine.pruning.device import (
+    FewHeadsOrder,
+    SpineOrder,
+    TaughtFewHeadsOrder,
+    TaughtUniformOrder,
+    UniformOrder,
+)
 
 METHODS = (FedSpine, FedSpinePlus, LoraPrune, MagnitudePruning, PruneAfter)
 
@@ -70,7 +77,7 @@ def test_any_path_is_even_and_ends_at_the_target(layout, target, seed):
     structures = [full(layout)]
     for step in [*np.sort(rng.random(4)) * target, target]:
         scores, asked = scores_of(layout, rng), {"sparsity": float(step), "target": target}
-        structures.append(shrink(layout, structures[-1], scores, uniform=True, **asked))
+        structures.append(shrink(layout, structures[-1], scores, kind="uniform", **asked))
     for earlier, later in itertools.pairwise(structures):
         assert is_even(later)
         assert layout.heads - kept_of(later)[0] in layout.heads_dropped
@@ -90,11 +97,42 @@ def test_heads_that_a_configuration_can_say():
 
 def test_layers_choose_for_themselves():
     scores = scores_of(LLAMA, np.random.default_rng(0))
-    end = shrink(LLAMA, full(LLAMA), scores, sparsity=0.5, target=0.5, uniform=True)
+    end = shrink(LLAMA, full(LLAMA), scores, sparsity=0.5, target=0.5, kind="uniform")
     assert kept_of(end)[0] == 4  # half of them, and no layer is protected
     for layer in range(LLAMA.layers):
         lowest = scores[0][layer].argsort()[:4]
         assert not end.heads[layer][lowest].any()
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([BERT, LLAMA, GROUPED, QWEN]), st.floats(0.05, 0.6), st.integers(0, 2**32 - 1)
+)
+def test_few_heads_end_at_the_same_sparsity_with_no_more_heads(layout, target, seed):
+    rng = np.random.default_rng(seed)
+    structures = [full(layout)]
+    for step in [*np.sort(rng.random(4)) * target, target]:
+        scores, asked = scores_of(layout, rng), {"sparsity": float(step), "target": target}
+        structures.append(shrink(layout, structures[-1], scores, kind="few_heads", **asked))
+    for earlier, later in itertools.pairwise(structures):
+        assert not bool((later.heads & ~earlier.heads).any())
+        assert not bool((later.channels & ~earlier.channels).any())
+    half = layout.shape.channel_parameters / layout.shape.parameters / 2
+    assert abs(sparsity(layout, structures[-1]) - target) <= max(0.0025, half) + 1e-9
+    free = shrink(layout, full(layout), scores, sparsity=target, target=target)
+    few, usual = (kept_of(each)[0] for each in (structures[-1], free))
+    assert min(usual, 2) <= few <= usual
+    if layout.layers * layout.heads >= 12 and target > 0.3 and usual > 2:
+        assert few < usual
+
+
+@pytest.mark.parametrize(
+    ("target", "heads", "channels"), [(0.3, 6, 1232), (0.5, 3, 960), (0.75, 2, 448)]
+)
+def test_the_share_of_kept_heads_is_the_square_of_that_of_kept_weights(target, heads, channels):
+    scores = scores_of(BERT, np.random.default_rng(0))
+    kept = shrink(BERT, full(BERT), scores, sparsity=target, target=target, kind="few_heads")
+    assert kept_of(kept) == (heads, channels)  # of 12, and of 1536; two heads at least
 
 
 def test_what_no_uniform_structure_has_is_refused():
@@ -104,6 +142,7 @@ def test_what_no_uniform_structure_has_is_refused():
         check_target(BERT, 0.8, "uniform")
     with pytest.raises(BadInput, match="did you mean 'uniform'"):
         check_target(BERT, 0.5, "unifrom")
+    check_target(BERT, 0.8, "few_heads")
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +207,26 @@ def test_what_a_method_deploys_loads_by_its_stock_config(tasks, tmp_path, cls, n
         assert line in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("cls", METHODS)
+def test_a_method_deploys_few_heads(tasks, tmp_path, cls):
+    base, tokenizer, task = tasks["bert"]
+    counts = {}
+    for kind, order in (("free", SpineOrder), ("few_heads", FewHeadsOrder)):
+        method = settings_of(cls, structure=kind, sparsity=0.3)
+        method.check(task)
+        state, orders, _ = recorded(method, task, tmp_path / kind)
+        assert {type(each) for each in orders if isinstance(each, SpineOrder)} == {order}
+        model = method.deploy(state)
+        assert sparsity(base.layout, model.structure) == pytest.approx(reached(base.layout, 0.3))
+        counts[kind] = model.structure.heads.sum(1).tolist(), model.structure.channels.sum(1)
+    assert (counts["few_heads"][0], counts["free"][0]) == ([2, 2], [3, 3])
+    assert bool((counts["few_heads"][1] > counts["free"][1]).all())
+    about = {"kind": task.kind, "max_tokens": 16, "name": "toy", "structure": "few_heads"}
+    export(base, model, tokenizer, tmp_path / "x", labels=labels_for(task.kind), **about)
+    assert "few_heads: the share of kept heads" in (tmp_path / "x" / "README.md").read_text()
+    assert read_card(tmp_path / "x").structure == "few_heads"
+
+
 def test_an_uneven_structure_is_not_believed(tasks, tmp_path):
     base, _, task = tasks["llama"]
     _, _, replies = recorded(settings_of(LoraPrune), task, tmp_path / "lab")
@@ -190,6 +249,9 @@ def test_a_taught_device_keeps_as_many_units_too(tasks, tmp_path):
     state, orders, _ = recorded(method, task, tmp_path / "lab")
     assert orders and {type(order) for order in orders} == {TaughtUniformOrder}
     assert is_even(method.deploy(state).structure)
+    few = replace(method, structure="few_heads")
+    _, orders, _ = recorded(few, task, tmp_path / "few")
+    assert {type(order) for order in orders} == {TaughtFewHeadsOrder}
 
 
 def test_a_run_says_which_structure_it_has(tmp_path, tiny_folder, monkeypatch, capsys):
