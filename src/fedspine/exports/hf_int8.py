@@ -6,6 +6,7 @@ not faster.
 """
 
 import json
+import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,7 +62,8 @@ def quantise(folder: Path, card: Card) -> None:
     module = _loaded(folder, card.pooling, quantization_config=how)
     with tempfile.TemporaryDirectory() as scratch:
         module.save_pretrained(scratch)
-        (folder / WEIGHTS).write_bytes((Path(scratch) / WEIGHTS).read_bytes())
+        (folder / WEIGHTS).unlink()  # the module has a mapping of it
+        shutil.copyfile(Path(scratch) / WEIGHTS, folder / WEIGHTS)
         entry = json.loads((Path(scratch) / CONFIG).read_text(encoding="utf-8"))[ENTRY]
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {ENTRY: entry}
     (folder / CONFIG).write_text(

@@ -175,8 +175,8 @@ def shrink(
     Already dropped units stay dropped; ties go to the lower index. Layers that `final_targets`
     protects keep everything and the others take their share. At `sparsity == target` the sparsity
     is exact to the units' grain. A `kind` of "uniform" keeps as many units in every layer, and so
-    many heads as a stock configuration can say; "few_heads" keeps the square of the share of heads.
-    Source: FedSpine (reconstructed), section 2.3.
+    many heads as a stock configuration can say; with "few_heads" the share of kept heads is the
+    square of that of kept weights. Source: FedSpine (reconstructed), section 2.3.
     """
     finals = final_targets(layout, target, kind)
     heads, channels = structure.heads.clone(), structure.channels.clone()
