@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -32,13 +33,14 @@ from fedspine.control.controllers import Deadline, Fixed, SUcb
 from fedspine.core.errors import BadInput
 from fedspine.methods import all_methods
 from fedspine.runs import config
+from fedspine.runs.config import Recipe
 from fedspine.runs.loop import new_run
 from fedspine.storage.store import lock
 from fedspine.ui.progress import Silent
 from fedspine.ui.sweep import display
 from fedspine.ui.sweep.eta import Ahead, seconds_left
 from fedspine.ui.sweep.names import distinct
-from fedspine.ui.sweep.plan import plan
+from fedspine.ui.sweep.plan import Cell, plan
 from fedspine.ui.sweep.sweep_dir import SweepFolder, held
 from fedspine.ui.sweep.work import GOODBYE_SECONDS, overview_of, reason_of
 
@@ -403,6 +405,22 @@ def test_time_left():
     assert seconds_left([Ahead("a", 1, 4), Ahead("b", 0, 4)], finished, 1) == 75 + 10
     # never less than the longest of what runs side by side
     assert seconds_left([Ahead("a", 1, 4), Ahead("b", 0, 4)], finished, 8) == 75
+
+
+def test_a_run_that_ends_by_time_is_judged_by_its_clock(tmp_path, monkeypatch):
+    folder = SweepFolder(tmp_path)
+    recipe = Recipe(method="fedlora", rounds=400, seconds=100.0)
+    cell = Cell(name="a", label="a", recipe=recipe, settings={}, seed=0)
+    run = folder.run_of(cell)
+    run.mkdir(parents=True)
+    monkeypatch.setattr(SweepFolder, "rounds_done", lambda self, cell: 0)
+    assert folder.rounds_expected(cell) == 400
+    rows = [{"row": "note", "now": 90.0}, {"row": "round", "now": 25.0}, {"row": "note"}]
+    (run / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(SweepFolder, "rounds_done", lambda self, cell: 8)
+    assert folder.rounds_expected(cell) == 32
+    unlimited = replace(cell, recipe=Recipe(method="fedlora", rounds=400))
+    assert folder.rounds_expected(unlimited) == 400
 
 
 STATUS = display.SweepStatus(

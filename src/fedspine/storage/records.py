@@ -86,10 +86,25 @@ def flaw(path: Path, position: int, sha256: str | None) -> str | None:
 
 def has_rounds(path: Path) -> bool:
     """Whether a file of records has the row of a finished round."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return any(line.startswith(b'{"row": "round"') for line in file)
+    return next(_rounds(path), None) is not None
+
+
+def clock_of(path: Path) -> float:
+    """The clock after the last finished round in a file of records, in seconds; 0 before the
+    first.
+    """
+    *_, last = (b'{"now": 0.0}', *_rounds(path))
+    try:
+        return float(json.loads(last)["now"])
+    except ValueError:  # it is being written
+        return 0.0
+
+
+def _rounds(path: Path) -> Iterator[bytes]:
+    """The rows of finished rounds."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            yield from (line for line in file if line.startswith(b'{"row": "round"'))
 
 
 def _lost(position: int) -> str:

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, Literal, get_args
 from fedspine.core.errors import BadInput
 from fedspine.report.page import REPORT
 from fedspine.runs.config import Recipe
-from fedspine.runs.run_dir import STATE, make, recipe_of, summary_of
+from fedspine.runs.run_dir import RECORDS, STATE, make, recipe_of, summary_of
+from fedspine.storage.records import clock_of
 from fedspine.storage.store import LOCK, Store, lock, write_atomically
 from fedspine.ui.sweep.plan import Cell
 
@@ -143,6 +144,14 @@ class SweepFolder:
     def rounds_done(self, cell: Cell) -> int:
         """The rounds of the cell's run that are saved."""
         return Store(self.run_of(cell) / STATE).rounds()
+
+    def rounds_expected(self, cell: Cell) -> int:
+        """The rounds that the run of a cell will have; if it ends by time, judged by those that are
+        done.
+        """
+        run, done = cell.recipe.run, self.rounds_done(cell)
+        now = clock_of(self.run_of(cell) / RECORDS) if run.seconds else 0.0
+        return run.expected_rounds(done, now)
 
     def prepare(self, cell: Cell) -> Path:
         """The cell's run directory, ready for a resume; an old failure is removed."""

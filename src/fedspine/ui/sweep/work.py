@@ -145,11 +145,12 @@ class SweepRunner:
 
     def _status(self) -> SweepStatus:
         rounds = {job.cell.name: self._folder.rounds_done(job.cell) for job in self._jobs}
+        expected = {job.cell.name: self._folder.rounds_expected(job.cell) for job in self._jobs}
         ahead = [
             Ahead(
                 job.cell.label,
                 rounds[job.cell.name],
-                job.cell.recipe.run.rounds,
+                expected[job.cell.name],
                 job.began,
                 job.seconds,
             )
@@ -165,7 +166,7 @@ class SweepRunner:
             failed=self._failed,
             seconds_left=seconds_left(ahead, self._seconds, self._slots),
             running=tuple(
-                RunningCell(job.cell.name, rounds[job.cell.name], job.cell.recipe.run.rounds)
+                RunningCell(job.cell.name, rounds[job.cell.name], expected[job.cell.name])
                 for job in self._jobs
             ),
         )
