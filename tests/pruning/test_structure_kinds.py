@@ -68,24 +68,36 @@ def kept_of(structure):
     return int(structure.heads[0].sum()), int(structure.channels[0].sum())
 
 
-@settings(max_examples=40)
-@given(
+any_path = given(
     st.sampled_from([BERT, LLAMA, GROUPED, QWEN]), st.floats(0.05, 0.6), st.integers(0, 2**32 - 1)
 )
-def test_any_path_is_even_and_ends_at_the_target(layout, target, seed):
+
+
+def path_to(layout, target, seed, kind):
+    """The structures of a random path to a target, and the last scores; what is gone stays gone,
+    and the end is at the target.
+    """
     rng = np.random.default_rng(seed)
     structures = [full(layout)]
     for step in [*np.sort(rng.random(4)) * target, target]:
         scores, asked = scores_of(layout, rng), {"sparsity": float(step), "target": target}
-        structures.append(shrink(layout, structures[-1], scores, kind="uniform", **asked))
+        structures.append(shrink(layout, structures[-1], scores, kind=kind, **asked))
     for earlier, later in itertools.pairwise(structures):
-        assert is_even(later)
-        assert layout.heads - kept_of(later)[0] in layout.heads_dropped
         assert not bool((later.heads & ~earlier.heads).any())
         assert not bool((later.channels & ~earlier.channels).any())
-    # a quarter of a percent, or half a channel where that is more, as of free structures
+    # a quarter of a percent, or half a channel where that is more
     half = layout.shape.channel_parameters / layout.shape.parameters / 2
     assert abs(sparsity(layout, structures[-1]) - target) <= max(0.0025, half) + 1e-9
+    return structures, scores
+
+
+@settings(max_examples=40)
+@any_path
+def test_any_uniform_path_is_even_and_ends_at_the_target(layout, target, seed):
+    structures, _ = path_to(layout, target, seed, "uniform")
+    for each in structures:
+        assert is_even(each)
+        assert layout.heads - kept_of(each)[0] in layout.heads_dropped
 
 
 def test_heads_that_a_configuration_can_say():
@@ -105,20 +117,9 @@ def test_layers_choose_for_themselves():
 
 
 @settings(max_examples=40)
-@given(
-    st.sampled_from([BERT, LLAMA, GROUPED, QWEN]), st.floats(0.05, 0.6), st.integers(0, 2**32 - 1)
-)
+@any_path
 def test_few_heads_end_at_the_same_sparsity_with_no_more_heads(layout, target, seed):
-    rng = np.random.default_rng(seed)
-    structures = [full(layout)]
-    for step in [*np.sort(rng.random(4)) * target, target]:
-        scores, asked = scores_of(layout, rng), {"sparsity": float(step), "target": target}
-        structures.append(shrink(layout, structures[-1], scores, kind="few_heads", **asked))
-    for earlier, later in itertools.pairwise(structures):
-        assert not bool((later.heads & ~earlier.heads).any())
-        assert not bool((later.channels & ~earlier.channels).any())
-    half = layout.shape.channel_parameters / layout.shape.parameters / 2
-    assert abs(sparsity(layout, structures[-1]) - target) <= max(0.0025, half) + 1e-9
+    structures, scores = path_to(layout, target, seed, "few_heads")
     free = shrink(layout, full(layout), scores, sparsity=target, target=target)
     few, usual = (kept_of(each)[0] for each in (structures[-1], free))
     assert min(usual, 2) <= few <= usual
