@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from fedspine.core.errors import BadInput, reason_of
 from fedspine.core.task import Pooling
@@ -81,6 +82,8 @@ def load(folder: Path, card: Card) -> nn.Module:
 
 def _loaded(folder: Path, pooling: Pooling | None, **settings: Any) -> nn.Module:
     torchao()  # imported in silence
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         module, found = stock_class(pooling).from_pretrained(
             folder,
@@ -95,6 +98,9 @@ def _loaded(folder: Path, pooling: Pooling | None, **settings: Any) -> nn.Module
             f"the int8 weights in {folder} cannot be read ({reason_of(error)}); export the model "
             "again"
         ) from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     for wrong, names in found.items():
         if names:
             raise BadInput(

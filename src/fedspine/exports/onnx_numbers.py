@@ -110,6 +110,16 @@ def _int8(path: Path, scratch: Path, feeds: Feeds) -> None:
         nodes_to_exclude=apart,
         **SEVEN_BITS,
     )
+    _drop_inner_shapes(path)
+
+
+def _drop_inner_shapes(path: Path) -> None:
+    """Remove the shapes of what is computed on the way, which the runtime finds itself."""
+    import onnx
+
+    graph = onnx.load(path)
+    del graph.graph.value_info[:]
+    onnx.save(graph, path)
 
 
 def _prepared(path: Path, scratch: Path, feeds: Feeds) -> tuple[Path, list[str]]:
@@ -153,6 +163,7 @@ def _int8_static(path: Path, scratch: Path, feeds: Feeds) -> None:
         },
         **SEVEN_BITS,
     )
+    _drop_inner_shapes(path)
 
 
 class _CalibrationReader:

@@ -5,7 +5,8 @@ ONNX Runtime scales the whole input of a product by its largest number. In a tra
 channels are ten times as wide as the others, which leaves few of the 8 bits to the others. So the
 wide channels are multiplied separately in fp32 (LLM.int8(), Dettmers et al. 2022,
 arXiv:2208.07339). The set of wide channels is fixed at export, since it hardly depends on the text.
-Each token's embedding has its own scale.
+Each token's embedding has its own scale. The file holds the wide channels' weights and these scales
+in fp16.
 """
 
 from collections import Counter
@@ -28,7 +29,7 @@ SHARE = 48  # one channel in this many is wide: 8 of 384
 APART = 1.5  # wide channels are this many times as wide as the next one, else none is split off
 ROWS, TOKENS, BATCH = 64, 32, 16  # of random tokens
 STEPS = 127  # of int8 on each side of zero
-TINY = np.float32(1e-30)  # the scale of a row of zeros is not 0
+TINY = np.float32(2**-24)  # of fp16: the scale of a row of zeros is not 0
 
 
 def random_tokens(graph: "onnx.ModelProto") -> Feeds:
@@ -117,10 +118,11 @@ def _summed(
     from onnx import helper
 
     x, y = node.input[0], node.output[0]
-    few = _constant(graph, f"{y}_wide_weight", matrix[chosen])
+    few, widened = _stored_in_half(graph, f"{y}_wide_weight", matrix[chosen])
     matrix[chosen] = 0  # so that these rows widen no scale of the others
     others = _constant(graph, f"{y}_narrow_weight", matrix)
     products = [
+        widened,
         helper.make_node("MatMul", [f"{x}_narrow", others], [f"{y}_narrow"], name=node.name),
         helper.make_node("MatMul", [f"{x}_wide", few], [f"{y}_wide"], name=f"{y}_wide"),
     ]
@@ -149,6 +151,18 @@ def _biased(
                 if vector in weights and len(weights[vector].dims) == 1 and readers[y] == 1:
                     found[y] = (vector, node.output[0])
     return found
+
+
+def _stored_in_half(
+    graph: "onnx.ModelProto", name: str, value: np.ndarray
+) -> tuple[str, "onnx.NodeProto"]:
+    """The name in fp32 of a constant that the file holds in fp16, and the node that widens it,
+    which the runtime carries out once, when it loads the graph.
+    """
+    from onnx import TensorProto, helper
+
+    stored = _constant(graph, f"{name}_half", value.astype(np.float16))
+    return name, helper.make_node("Cast", [stored], [name], to=TensorProto.FLOAT)
 
 
 def _constant(graph: "onnx.ModelProto", name: str, value: np.ndarray) -> str:
@@ -221,9 +235,11 @@ def quantise_tables(graph: "onnx.ModelProto") -> None:
         name, ids = node.input
         if name not in stored:
             stored.add(name)
-            scales = np.maximum(np.abs(tables[y]).max(1, keepdims=True), TINY) / STEPS
-            _constant(graph, f"{name}_int8", np.round(tables[y] / scales).astype(np.int8))
-            _constant(graph, f"{name}_scales", scales)
+            largest = np.abs(tables[y]).max(1, keepdims=True) / STEPS
+            scales = np.maximum(largest.astype(np.float16).astype(np.float32), TINY)
+            codes = np.clip(np.round(tables[y] / scales), -STEPS, STEPS)
+            _constant(graph, f"{name}_int8", codes.astype(np.int8))
+            nodes.append(_stored_in_half(graph, f"{name}_scales", scales)[1])
         nodes += _looked_up(name, ids, y)
     _replace(graph, nodes)
 
