@@ -129,8 +129,8 @@ def final_counts(
         raise _unreachable(shape, target, highest(shape))
     share = target if heads_target is None else heads_target
     most = floor(target * shape.parameters / shape.head_parameters + TINY)  # without any channel
-    heads = min(floor(shape.heads * share + TINY), shape.heads - keep_heads, most)
-    heads = max(heads, 0)
+    wanted = min(floor(shape.heads * share + TINY), most)
+    heads = _clip(wanted, 0, max(shape.heads - keep_heads, 0))
     floored, bare = (
         shape.channels - max(ceil(keep_channels * shape.channels), 1),
         shape.channels - 1,

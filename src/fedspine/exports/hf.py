@@ -105,7 +105,7 @@ def export(
     with the run's model, and its report goes into parity.json and README.md. With `quantize` "int8"
     the blocks' weights are int8. The folder appears at once and complete. Raises BadInput where it
     exists already, where the base is not fp32, where `labels` are not those that the head was
-    trained for, and what `parity_check` and `hf_int8.quantise` raise.
+    trained for, and what `parity_check` and `hf_int8` raise.
     """
     folder = Path(folder)
     _check(base, folder, labels, kind)
@@ -128,6 +128,8 @@ def export(
         provenance=provenance,
         vocabulary=vocabulary,
     )
+    if quantize == "int8":
+        hf_int8.check(card)
     _write(folder, config, card, tensors, tokenizer, parity_check, quantize)
     return folder
 

@@ -32,8 +32,11 @@ def check_installed() -> None:
         raise BadInput(f"int8 weights of --format hf need torchao and accelerate; {EXTRA}")
 
 
-def check_stock(card: Card) -> None:
-    """Raise BadInput for a model that no stock class of transformers can load."""
+def check(card: Card) -> None:
+    """Raise BadInput for a model that no stock class of transformers can load, and if a package is
+    missing.
+    """
+    check_installed()
     if card.pooling == "bi-encoder":
         raise BadInput(
             "--quantize int8 of --format hf is for what stock transformers loads, which has no "
@@ -50,13 +53,11 @@ def check_stock(card: Card) -> None:
 def quantise(folder: Path, card: Card) -> None:
     """Replace the fp32 weights of the blocks in an exported folder by int8.
 
-    Embeddings, norms, biases and the head stay. Raises BadInput for a model that no stock class can
-    load, and for one that torchao cannot quantise.
+    Embeddings, norms, biases and the head stay. Raises BadInput for a model that torchao cannot
+    quantise.
     """
     from transformers import TorchAoConfig
 
-    check_installed()
-    check_stock(card)
     how = TorchAoConfig(
         torchao().Int8WeightOnlyConfig(), modules_to_not_convert=_outside(folder, card.pooling)
     )

@@ -6,12 +6,13 @@ Adaptations", NeurIPS, arXiv:2409.05976. The product of the stacks is the weight
 devices' products, so nothing is lost in aggregation. Departures: docs/methods/flora.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedspine.core.checks import Asked, need, tensors_of
 from fedspine.core.device import Device, DeviceId, on_device
@@ -26,7 +27,7 @@ from fedspine.lm.aggregate import Contribution, mean_product
 from fedspine.lm.base import Model
 from fedspine.lm.cost import HALF
 from fedspine.lm.lora import a_name, adapter_rank, b_name, fresh, is_a, w_name
-from fedspine.lm.prunable_layout import PrunableLayout
+from fedspine.lm.prunable_layout import PrunableLayout, PrunableSite
 from fedspine.lm.received import adapter_shapes, check_head, check_rank_of, rank_in
 from fedspine.lm.structure import full
 from fedspine.lm.tune import tune
@@ -166,24 +167,23 @@ def merged_stack(layout: PrunableLayout, change: Tensors, stack: Tensors) -> Ten
 
     The server and every device compute the same sums, round by round, so they have the same bits.
     """
-    return _added(layout, change, _products(layout, stack))
+    return _added(layout, change, lambda site: _product(site, stack))
 
 
-def _added(layout: PrunableLayout, change: Tensors, products: Tensors) -> Tensors:
-    """The change of all weights plus these products, which have the names of `_products`."""
+def _added(
+    layout: PrunableLayout, change: Tensors, product_of: Callable[[PrunableSite], Tensor]
+) -> Tensors:
+    """The change of all weights plus the product of each site, of which one at a time is held."""
     after: Tensors = {}
     for site in layout.sites:
-        product, before = products[site.path], change.get(w_name(site.path))
+        product, before = product_of(site), change.get(w_name(site.path))
         after[w_name(site.path)] = (product if before is None else product + before.float()).half()
     return after
 
 
-def _products(layout: PrunableLayout, adapter: Tensors) -> Tensors:
-    """The product B A of every site, by path, fp32."""
-    return {
-        site.path: adapter[b_name(site.path)].float() @ adapter[a_name(site.path)].float()
-        for site in layout.sites
-    }
+def _product(site: PrunableSite, adapter: Tensors) -> Tensor:
+    """B A, fp32."""
+    return adapter[b_name(site.path)].float() @ adapter[a_name(site.path)].float()
 
 
 @message
@@ -300,13 +300,13 @@ def _merged_products(
         ]
         nothing = {site.path: torch.zeros(site.rows, site.columns) for site in layout.sites}
         mean = mean_product(layout, nothing, parts, fleet.aggregation)
-        change = _added(layout, state.change, mean)
+        change = _added(layout, state.change, lambda site: mean[site.path])
         return {"change": change, "merged_rank": _full_rank(layout), "stacks": {}}
     shares = bounded(
         fleet,
         "adapter",
         [reply.device for reply in replies],
-        (_products(layout, adapter) for adapter in adapters),
+        ({site.path: _product(site, each) for site in layout.sites} for each in adapters),
     )
     counted = [
         (float(reply.weight), _shortened(adapter, share))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,9 @@ def clock_of(path: Path) -> float:
     """The clock after the last finished round in a file of records, in seconds; 0 before the
     first.
     """
-    *_, last = (b'{"now": 0.0}', *_rounds(path))
+    last = deque(_rounds(path), maxlen=1)
     try:
-        return float(json.loads(last)["now"])
+        return float(json.loads(last[0])["now"]) if last else 0.0
     except ValueError:  # it is being written
         return 0.0
 

@@ -145,11 +145,11 @@ class SweepFolder:
         """The rounds of the cell's run that are saved."""
         return Store(self.run_of(cell) / STATE).rounds()
 
-    def rounds_expected(self, cell: Cell) -> int:
-        """The rounds that the run of a cell will have; if it ends by time, judged by those that are
-        done.
+    def rounds_expected(self, cell: Cell, done: int) -> int:
+        """The rounds that the run of a cell will have; if it ends by time, judged by the `done`
+        ones.
         """
-        run, done = cell.recipe.run, self.rounds_done(cell)
+        run = cell.recipe.run
         now = clock_of(self.run_of(cell) / RECORDS) if run.seconds else 0.0
         return run.expected_rounds(done, now)
 

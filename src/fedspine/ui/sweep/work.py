@@ -145,7 +145,10 @@ class SweepRunner:
 
     def _status(self) -> SweepStatus:
         rounds = {job.cell.name: self._folder.rounds_done(job.cell) for job in self._jobs}
-        expected = {job.cell.name: self._folder.rounds_expected(job.cell) for job in self._jobs}
+        expected = {
+            job.cell.name: self._folder.rounds_expected(job.cell, rounds[job.cell.name])
+            for job in self._jobs
+        }
         ahead = [
             Ahead(
                 job.cell.label,
