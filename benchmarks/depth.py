@@ -163,7 +163,7 @@ def lcd() -> list[float]:
         least=2,
         coverage=0.1,
         fixed=0,
-        fit_ranks=True,
+        rank_worth=0.5,
     )
     times: dict[str, Any] = {}
     for device in range(DEVICES):

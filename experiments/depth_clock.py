@@ -115,7 +115,7 @@ def simulated(wanted: argparse.Namespace, seed: int) -> list[tuple[float, ...]]:
         least=wanted.least_depth,
         coverage=METHOD.coverage,
         fixed=LAYERS,
-        fit_ranks=wanted.rank_mode == "per_device",
+        rank_worth=wanted.rank_worth if wanted.rank_mode == "per_device" else None,
     )
     times, depths, rows = {}, {}, []
     asked = dict.fromkeys(clock.ids, 0)
@@ -157,6 +157,7 @@ def main() -> None:
     arguments.add_argument("--least-depth", type=int, default=METHOD.least_depth)
     arguments.add_argument("--rule", default=METHOD.depth_rule)
     arguments.add_argument("--rank-mode", default=METHOD.rank_mode)
+    arguments.add_argument("--rank-worth", type=float, default=METHOD.rank_worth)
     wanted = arguments.parse_args()
     found = np.array([simulated(wanted, seed) for seed in wanted.seeds])
     seconds, waiting, depth, error, least = np.moveaxis(found, -1, 0)

@@ -119,36 +119,86 @@ def test_a_block_that_memory_forbids_to_all_is_not_waited_for() -> None:
     assert depths.max() == 3
 
 
-def test_own_ranks_fit_the_link() -> None:
+def test_own_ranks_are_a_share_of_the_common_ones() -> None:
     ranks = (6, 8, 8, 10)
-    assert own_ranks(ranks, 3, 0.1, 100.0) == (8, 8, 10)
-    assert own_ranks(ranks, 3, 1.0, 13.0) == (4, 4, 5)
-    assert own_ranks(ranks, 3, 1.0, -5.0) == (1, 1, 1)
+    assert own_ranks(ranks, 3, 1.0) == (8, 8, 10)
+    assert own_ranks(ranks, 3, 0.5) == (4, 4, 5)
+    assert own_ranks(ranks, 3, 0.0) == (1, 1, 1)
 
 
-def test_a_device_with_a_slow_link_cuts_its_ranks_to_be_done_with_half_of_the_devices() -> None:
-    links = {"a": 3.0, "b": 3.0, "c": 3.0, "slow": 9.0}  # seconds of the traffic of all blocks
-    traffic = np.arange(5) / 4
+RANKS, TRAFFIC = (4, 6, 8, 10), np.arange(1, 6) / 5  # of a head, and of one more block each
+
+
+def planned(links, *, computing=2.0, most=4, **settings):
+    """The plan for devices whose traffic of all blocks takes `links` seconds, and whose forward
+    pass and backward pass take `computing` seconds each.
+    """
     times = {}
     for device, link in links.items():
         for work, depth in ((0.2, 2), (0.2, 4), (1.0, 1), (1.0, 4)):
-            computing, sending = 4.0 * work * (1 + depth / 4), link * traffic[depth]
-            bytes_each = int(4e5 * traffic[depth])
-            cost = Cost(bytes_each, bytes_each, 0.0, 0, computing + sending, computing)
+            spent, sending = computing * work * (1 + depth / 4), link * TRAFFIC[depth]
+            bytes_each = int(4e5 * TRAFFIC[depth])
+            cost = Cost(bytes_each, bytes_each, 0.0, 0, spent + sending, spent)
             how = {"depth": depth, "layers": 4, "full_bytes": 8e5, "discount": 1.0}
             times[device] = timed(times.get(device), cost, work=work, **how)
-    settings = {"rule": "fixed", "ranks": (4, 6, 8, 10), "traffic": traffic, "fixed": 4}
-    common, own = (
-        DepthPlanner(**settings, least=1, coverage=0.0, fit_ranks=fit).plan(
-            times, {}, dict.fromkeys(links, 4)
-        )
-        for fit in (False, True)
-    )
+    settings = {"rule": "barrier-floor", "fixed": 4, "least": 1, "coverage": 0.0} | settings
+    planner = DepthPlanner(ranks=RANKS, traffic=TRAFFIC, **settings)
+    return planner.plan(times, {}, dict.fromkeys(links, most))
+
+
+def test_a_device_with_a_slow_link_has_lower_ranks_rather_than_few_blocks() -> None:
+    links = {"a": 1.0, "b": 1.0, "c": 1.0, "slow": 3.0}
+    plan, common = (planned(links, computing=0.5, rank_worth=worth) for worth in (0.5, None))
     assert common.ranks == {}
-    assert [own.ranks[id] for id in "abc"] == [settings["ranks"]] * 3
-    cut, link = own.ranks["slow"], common.seconds["slow"] - own.seconds["slow"]
-    assert 1 < max(cut) < 10
-    assert common.seconds["a"] == own.seconds["a"] < common.seconds["slow"]
-    # done with the others, which one more rank of each block would not be
-    a_rank = link / (28 - sum(cut))
-    assert own.seconds["slow"] <= own.seconds["a"] < own.seconds["slow"] + 4 * a_rank
+    assert [plan.ranks[id] for id in "abc"] == [RANKS] * 3
+    assert plan.depths["slow"] >= 3
+    assert max(plan.ranks["slow"]) < max(RANKS)
+    assert plan.seconds["a"] < plan.seconds["slow"] < 1.0 + 3.0
+
+
+@given(
+    links=st.lists(st.floats(0.1, 50.0), min_size=2, max_size=8),
+    worth=st.sampled_from([0.25, 0.5, 1.0]),
+    most=st.integers(1, 4),
+    rule=st.sampled_from(RULES),
+)
+def test_own_ranks_keep_their_bounds(links, worth, most, rule) -> None:
+    names = {str(place): link for place, link in enumerate(links)}
+    plan = planned(names, rank_worth=worth, most=most, rule=rule)
+    for device, depth in plan.depths.items():
+        assert 1 <= depth <= most
+        own, common = plan.ranks[device], RANKS[4 - depth :]
+        assert len(own) == depth
+        assert all(1 <= each <= rank for each, rank in zip(own, common, strict=True))
+    assert np.isfinite(plan.round_seconds)
+
+
+def worth(ranks):
+    return sum(rank**0.5 for rank in ranks)
+
+
+def test_the_round_of_own_ranks_is_worth_most_per_second() -> None:
+    """Against every time at which the round could end, tried one by one, on certain times."""
+    links = {"a": 0.5, "b": 2.0, "c": 6.0, "d": 20.0}
+    plan = planned(links, rank_worth=0.5)
+    found = sum(map(worth, plan.ranks.values())) / max(plan.seconds.values())
+    for end in np.linspace(0.5, 30, 60):
+        gained, last = 0.0, 0.0
+        for link in links.values():
+            best, took = (), 0.0
+            for depth in range(1, 5):
+                computing = 2.0 * (1 + depth / 4) + link * 0.2
+                adapters = link * depth / 5
+                for own in {own_ranks(RANKS, depth, share) for share in np.linspace(0, 1, 41)}:
+                    spent = computing + adapters * sum(own) / sum(RANKS[4 - depth :])
+                    if spent <= end and worth(own) > worth(best):
+                        best, took = own, spent
+            gained, last = gained + worth(best), max(last, took if best else np.inf)
+        assert gained / last < found * 1.05  # the ends that are compared are a grid
+
+
+def test_before_any_link_is_known_ranks_are_a_quarter() -> None:
+    plan = DepthPlanner(
+        rule="fixed", ranks=RANKS, traffic=TRAFFIC, least=1, coverage=0.0, fixed=4, rank_worth=0.5
+    ).plan({}, {}, {"a": 4})
+    assert plan.ranks == {"a": (1, 1, 2, 2)}

@@ -131,7 +131,6 @@ def test_simulated_rounds_last_as_foreseen():
             least=2,
             coverage=0.1,
             fixed=LAYERS,
-            fit_ranks=False,
         )
         times, depths = {}, {}
         for number in range(20):

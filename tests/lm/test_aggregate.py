@@ -162,7 +162,7 @@ def test_delta_keeps_the_tail_that_zero_padding_and_product_averaging_lose():
             float(torch.linalg.svdvals(m)[2:].square().sum()) for m in products(adapter).values()
         )
 
-    delta, padded, mean, dense = start, start, start, products(start)
+    delta, padded, kept, mean, dense = start, start, start, start, products(start)
     for round in range(5):
         parts = [contribution(rng, delta, everything, rank, 1.0, trained=False) for rank in ranks]
         dense = merge_changes(LAYOUT, dense, parts)
@@ -171,9 +171,14 @@ def test_delta_keeps_the_tail_that_zero_padding_and_product_averaging_lose():
         padded = average_factors(
             LAYOUT, padded, [Contribution(cut, cut, everything, 1.0) for cut in cuts]
         )
+        cuts = [cut_rank(kept, rank) for rank in ranks]
+        parts = [Contribution(cut, cut, everything, 1.0) for cut in cuts]
+        kept = average_factors(LAYOUT, kept, parts, padding="before")
         parts = [contribution(rng, mean, everything, rank, 1.0, trained=False) for rank in ranks]
         mean = factor(LAYOUT, mean_product(LAYOUT, dense, parts), LARGEST, mean, seed=round)
     assert tail(delta) / tail(start) == pytest.approx(1.0, abs=1e-4)
+    for name in start:  # which who lacks them does not change
+        torch.testing.assert_close(kept[name], start[name])
     # half of the devices send zeros for the tails of A and of B: each round halves both, and energy
     # is squared
     assert tail(padded) / tail(start) == pytest.approx((0.5 * 0.5) ** (2 * 5), rel=1e-3)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedspine.control.device_times import DeviceTimes, Expected, expected, median_of_longest
+from fedspine.control.links import ratio
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput, check_ranges
 
@@ -58,6 +59,9 @@ def check_fixed(name: str, depth: int, rule_name: str, rule: DepthRule) -> None:
 Depths: TypeAlias = AllBlocks | Lcd
 
 KEEP_WITHIN = 0.05  # of the round's time: a depth one away is not worth a change
+FIRST_SHARE = 0.25  # of the common ranks, which devices get before any link is known
+ENDS = 24  # times at which a round could end that are compared to fit ranks
+ROUGH_STEPS = 14  # of bisection for each of them, to a ten-thousandth of the interval
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,9 @@ class DepthPlanner:
     least: int
     coverage: float
     fixed: int
-    fit_ranks: bool  # whether a device's ranks are lowered to what its link can send in time
+    # what a device's adapter is worth grows with its ranks to this power, by which each device's
+    # ranks are lowered to what its link can send in time; None: all have the common ranks
+    rank_worth: float | None = None
 
     def plan(
         self,
@@ -108,7 +114,18 @@ class DepthPlanner:
             spread = np.linspace(self.least, len(self.ranks), len(devices))
             fixed = self.rule == "fixed"
             chosen = np.minimum(self.fixed if fixed else spread.round().astype(int), largest)
-            return DepthPlan(dict(zip(devices, map(int, chosen), strict=True)), {}, {})
+            first = self.rank_worth is not None
+            return DepthPlan(
+                dict(zip(devices, map(int, chosen), strict=True)),
+                {},
+                {
+                    id: own_ranks(self.ranks, int(depth), FIRST_SHARE)
+                    for id, depth in zip(devices, chosen, strict=True)
+                    if first
+                },
+            )
+        if self.rank_worth is not None:
+            return self._with_own_ranks(known, devices, largest)
         chosen = choose_depths(
             self.rule,
             known.seconds,
@@ -121,32 +138,71 @@ class DepthPlanner:
         last = np.array([before.get(id, 0) for id in devices])
         chosen = settled(chosen, np.minimum(last, largest), known.seconds)
         at = np.arange(len(devices)), chosen
-        ranks = self._fitted(known, chosen) if self.fit_ranks else []
-        kept = np.ones(len(devices))  # the share of its traffic that a device has with its ranks
-        for place, own in enumerate(ranks):
-            kept[place] = sum(own) / sum(self._tail(chosen[place]))
-        seconds = known.seconds[at] - (1 - kept) * known.sending[at]
-        variance = known.computing_variance[at] + kept**2 * known.sending_variance[at]
+        seconds = known.seconds[at]
+        variance = known.computing_variance[at] + known.sending_variance[at]
         return DepthPlan(
             depths=dict(zip(devices, map(int, chosen), strict=True)),
             seconds=dict(zip(devices, map(float, seconds), strict=True)),
-            ranks=dict(zip(devices, ranks, strict=True)) if ranks else {},
-            round_seconds=median_of_longest(seconds, variance),
+            ranks={},
+            round_seconds=float(median_of_longest(seconds, variance)),
         )
 
-    def _fitted(self, known: Expected, depths: NDArray[np.int64]) -> list[tuple[int, ...]]:
-        """Each device's ranks, such that it is done when half of the round's devices are."""
-        at = np.arange(len(depths)), depths
-        sending, seconds = known.sending[at], known.seconds[at]
-        spare = sending + (np.median(seconds) - seconds)
-        return [
-            own_ranks(self.ranks, int(depth), float(link) / sum(self._tail(depth)), float(left))
-            for depth, link, left in zip(depths, sending, spare, strict=True)
-        ]
+    def _with_own_ranks(
+        self, known: Expected, devices: Sequence[DeviceId], most: NDArray[np.int64]
+    ) -> DepthPlan:
+        """Depths and ranks with which devices are done together.
 
-    def _tail(self, depth: int) -> tuple[int, ...]:
-        """The common ranks of the blocks that a device of this depth trains."""
-        return self.ranks[len(self.ranks) - int(depth) :]
+        ENDS times at which the round could end are compared. A device takes the depth of the rule,
+        or with "barrier-floor" the one that is worth most, and of its blocks' ranks the largest
+        share that it can compute and move by then. A block's adapter is worth its rank to the power
+        `rank_worth`. What counts is the worth for each second until the last device is done.
+        """
+        rows, floor = np.arange(len(devices)), np.minimum(self.least, most)
+        by_depth = np.array(self.ranks[::-1])  # the output's block is the first
+        ranks, worth = _sums(by_depth), _sums(by_depth**self.rank_worth)  # of each depth's blocks
+        depths = np.arange(len(ranks))
+        adapters = known.sending - known.sending[:, :1]  # seconds of traffic without the head
+        rest = known.seconds - adapters
+        earliest = rest + adapters * ratio(depths, ranks)  # each block at rank 1
+        ends = np.geomspace(earliest[rows, floor].min(), known.seconds[rows, most].max(), ENDS)
+        shares = np.clip(ratio(ends[:, None, None] - rest, adapters), 0.0, 1.0)
+        if self.rule == "barrier-floor":
+            possible = (depths >= floor[:, None]) & (depths <= most[:, None])
+            in_time = (earliest <= ends[:, None, None]) | (depths == floor[:, None])
+            gained = np.maximum(shares**self.rank_worth * worth, depths)
+            chosen = np.where(possible & in_time, gained, -1.0).argmax(-1)
+        else:
+            chosen = choose_depths(
+                self.rule, known.seconds, most, self.ranks, least=self.least,
+                coverage=self.coverage, fixed=self.fixed,
+            )[None].repeat(ENDS, 0)  # fmt: skip
+        at = rows, chosen  # [ends, devices]
+        share = np.take_along_axis(shares, chosen[..., None], -1)
+        blocks = np.arange(len(by_depth))
+        own = np.where(blocks < chosen[..., None], _cut(by_depth, share), 0)
+        kept = own.sum(-1) / ranks[chosen]
+        seconds = rest[at] + kept * adapters[at]
+        moved = ratio(seconds - rest[at] + known.sending[rows, 0], known.sending[at])
+        variance = known.computing_variance[at] + moved**2 * known.sending_variance[at]
+        longest = median_of_longest(seconds, variance, steps=ROUGH_STEPS)
+        needed = np.minimum(np.ceil(self.coverage * len(devices)), (blocks < most[:, None]).sum(0))
+        enough = ((own > 0).sum(1) >= needed).all(-1)
+        a_second = (own**self.rank_worth).sum((1, 2)) / longest
+        best = int(np.argmax(np.where(enough, a_second, -np.inf)))
+        return DepthPlan(
+            depths=dict(zip(devices, map(int, chosen[best]), strict=True)),
+            seconds=dict(zip(devices, map(float, seconds[best]), strict=True)),
+            ranks={
+                id: tuple(map(int, each[:depth][::-1]))
+                for id, each, depth in zip(devices, own[best], chosen[best], strict=True)
+            },
+            round_seconds=float(median_of_longest(seconds[best], variance[best])),
+        )
+
+
+def _sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of the first none, one, two, ... of the values."""
+    return np.append(0.0, np.cumsum(values))
 
 
 def rising_ranks(layers: int, budget: int, difference: float) -> tuple[int, ...]:
@@ -264,19 +320,16 @@ def settled(
     )
 
 
-def own_ranks(
-    ranks: Sequence[int], depth: int, seconds_a_rank: float, budget_seconds: float
-) -> tuple[int, ...]:
-    """The ranks of a device from its lowest block up with which its traffic, at `seconds_a_rank`,
-    takes at most `budget_seconds`; section 6.
+def own_ranks(ranks: Sequence[int], depth: int, share: float) -> tuple[int, ...]:
+    """The ranks of a device from its lowest block up: this share of the common ones; section 6.
 
-    Each is the common rank times one factor of at most 1, but at least 1.
-
-    >>> own_ranks((6, 8, 8, 10), 2, seconds_a_rank=0.5, budget_seconds=4.5)
+    >>> own_ranks((6, 8, 8, 10), 2, share=0.5)
     (4, 5)
     """
-    tail = tuple(ranks[len(ranks) - depth :])
-    needed = seconds_a_rank * sum(tail)
-    share = min(1.0, budget_seconds / needed) if needed > 0 else 1.0
+    return tuple(map(int, _cut(np.array(ranks[len(ranks) - depth :]), share)))
+
+
+def _cut(ranks: NDArray[np.int64], share: NDArray[np.float64] | float) -> NDArray[np.int64]:
+    """Each rank times the share, rounded down, but at least 1."""
     # a billionth more, so that a share of 1 but for rounding cuts nothing
-    return tuple(max(1, int(share * rank + 1e-9)) for rank in tail)
+    return np.maximum(1, (share * ranks + 1e-9).astype(np.int64))

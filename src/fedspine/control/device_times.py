@@ -146,29 +146,27 @@ def _split(gram: Array, moment: Array) -> Array:
     return splits[:, np.argmax(fit)]
 
 
-def median_of_longest(seconds: Array, variance: Array) -> float:
-    """The time that the longest of independent log-normal times [devices] of these means and
-    variances is as likely to exceed as not.
+def median_of_longest(seconds: Array, variance: Array, steps: int = STEPS) -> Array:
+    """The time [...] that the longest of independent log-normal times [..., devices] of these means
+    and variances is as likely to exceed as not; found by `steps` of bisection.
 
     It is above the longest of the means where several devices may be the last.
 
     >>> import numpy as np
     >>> times = np.array([1.0, 1.0, 0.5])
-    >>> [round(median_of_longest(times, v * times**2), 2) for v in (0.0, 0.09)]
+    >>> [round(float(median_of_longest(times, v * times**2)), 2) for v in (0.0, 0.09)]
     [1.0, 1.12]
     """
     spread = np.log1p(ratio(variance, seconds**2))
     means, sigma = np.log(seconds) - spread / 2, np.sqrt(spread)
-    low, high = float(means.max()), float((means + 8 * sigma).max())
+    low, high = means.max(-1), (means + 8 * sigma).max(-1)
     at, logs = _log_of_normal_cdf()
     safe = np.maximum(sigma, 1e-9)
-    for _ in range(STEPS):
+    for _ in range(steps):
         middle = (low + high) / 2
-        if np.interp((middle - means) / safe, at, logs).sum() < log(0.5):
-            low = middle
-        else:
-            high = middle
-    return float(np.exp(high))
+        early = np.interp((middle[..., None] - means) / safe, at, logs).sum(-1) < log(0.5)
+        low, high = np.where(early, middle, low), np.where(early, high, middle)
+    return np.exp(high)
 
 
 @cache

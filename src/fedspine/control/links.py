@@ -49,7 +49,8 @@ def noise_within(left: Array, weights: Array, squares: Array, spread: float) -> 
     `left`. As long as devices were seen once, it is half of the `spread` between them.
     """
     freedom = (weights - squares / weights).sum()
-    return float((left.sum() + spread / 2) / (freedom + 1))
+    # residuals of exchanges that were all alike can be below 0 by rounding
+    return float((max(left.sum(), 0.0) + spread / 2) / (freedom + 1))
 
 
 def ratio(above: Array | float, below: Array | float) -> Array:

@@ -10,7 +10,7 @@ have the rank for not diluted by the others, and a round without training change
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -88,9 +88,11 @@ def average_factors(
     before: Tensors,
     contributions: Sequence[Contribution],
     how: Aggregation = Mean(),
+    *,
+    padding: Literal["zeros", "before"] = "zeros",
 ) -> Tensors:
-    """FedAvg of A and of B, each padded with zeros to the largest rank received and averaged entry
-    by entry over owners.
+    """FedAvg of A and of B, each padded to the largest rank received, with zeros or with the values
+    `before`, and averaged entry by entry over owners.
 
     A device owns nothing of a site that its adapter lacks. An entry that no device owns keeps its
     value in `before`, and so does a direction beyond every device's rank: zeros in both factors
@@ -104,21 +106,19 @@ def average_factors(
     for site in layout.sites:
         owners = [part for part in contributions if part.weight and a_name(site.path) in part.back]
         for name, dim, kept in _factors_of(site):
-            total, weight = torch.zeros_like(before[name]), torch.zeros(before[name].shape[dim])
-            ranks = before[name].shape[1 - dim]
+            total, weight = torch.zeros_like(before[name]), torch.zeros_like(before[name])
+            most = max((part.back[name].shape[1 - dim] for part in owners), default=0)
             for part in owners:
-                index = kept(site, part.structure)
-                index = torch.arange(len(weight)) if index is None else index
-                factor = _padded(part.back[name].float(), ranks, 1 - dim)
-                total.index_add_(dim, index, part.weight * factor)
-                weight.index_add_(0, index, torch.full((len(index),), part.weight))
-            held = torch.arange(ranks) < max(
-                (part.back[name].shape[1 - dim] for part in owners), default=0
-            )
-            lines, directions = ((-1, 1), (1, -1)) if dim == 0 else ((1, -1), (-1, 1))
-            owned = (weight > 0).view(lines) & held.view(directions)
-            mean = total / torch.where(weight > 0, weight, 1.0).view(lines)
-            merged[name] = torch.where(owned, mean, before[name])
+                factor = part.back[name].float()
+                place = _place(kept(site, part.structure), most, dim)
+                if padding == "before":
+                    rank = factor.shape[1 - dim]
+                    rest = before[name][place].narrow(1 - dim, rank, most - rank)
+                    factor = torch.cat([factor, rest], 1 - dim)
+                total[place] += part.weight * _padded(factor, most, 1 - dim)
+                weight[place] += part.weight
+            mean = total / torch.where(weight > 0, weight, 1.0)
+            merged[name] = torch.where(weight > 0, mean, before[name])
     return merged
 
 

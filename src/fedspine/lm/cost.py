@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fedspine.lm.prunable_layout import PrunableLayout, QuantisedLayout
-from fedspine.lm.structure import Structure, full, kept_columns, kept_rows, sparsity
+from fedspine.lm.structure import Structure, full, kept_counts, sparsity
 
 HALF, SINGLE = 2, 4  # bytes of one number
 QUANTISING = 8  # operations to quantise a number and to read it back
@@ -51,13 +51,15 @@ def adapter_parameters(
     layout: PrunableLayout, structure: Structure, rank: Ranks, first: int = 0
 ) -> int:
     """Parameters of an adapter of these ranks, on the blocks from `first` on."""
+    heads, channels = kept_counts(structure)
     total = 0
     for site in layout.sites:
         if site.layer < first:
             continue
-        rows, columns = kept_rows(site, structure), kept_columns(site, structure)
-        width = site.rows if rows is None else len(rows)
-        width += site.columns if columns is None else len(columns)
+        counts = heads if "heads" in (site.row_units, site.column_units) else channels
+        kept = int(counts[site.layer]) * site.per_unit
+        width = kept if site.row_units else site.rows
+        width += kept if site.column_units else site.columns
         total += width * (rank if isinstance(rank, int) else rank[site.layer])
     return total
 
@@ -72,7 +74,7 @@ def frozen_bytes(layout: PrunableLayout, structure: Structure, embeddings: int) 
     if not isinstance(layout, QuantisedLayout):
         return HALF * (embeddings + kept)
     queries = layout.query_heads // layout.heads * layout.head_dim
-    heads, channels = (int(units.sum(1).max()) for units in (structure.heads, structure.channels))
+    heads, channels = (int(kept.max()) for kept in kept_counts(structure))
     largest = layout.width * max(heads * queries, channels)
     return HALF * (embeddings + largest) + kept * layout.bits_each / 8
 

@@ -19,7 +19,8 @@ def average_replies(
     weight: Callable[[Reply[Any]], float] = lambda reply: float(reply.weight),
 ) -> Tensors:
     """Every site's factors averaged over the devices that sent them, as `fleet.aggregation` and
-    `fleet.server` say; a site that nobody trained keeps those of `before`.
+    `fleet.server` say; a site that nobody trained keeps those of `before`. So do the directions
+    that a device of a lower rank did not train, as far as it counts.
     """
     parts = [
         Contribution(
@@ -32,5 +33,5 @@ def average_replies(
         for reply in replies
     ]
     parts = bounded(fleet, layout, replies, parts)
-    mean = average_factors(layout, before, parts, fleet.aggregation)
+    mean = average_factors(layout, before, parts, fleet.aggregation, padding="before")
     return fleet.server.step("adapter", before, mean)

@@ -238,7 +238,6 @@ class FedQuad(LocalTraining):
             least=self.least_depth,
             coverage=self.coverage,
             fixed=layers,
-            fit_ranks=False,
         )
         return planner.plan(state.times, state.depths, most)
 

@@ -160,5 +160,4 @@ class FedSpinePlus(FedSpine):
             least=how.least,
             coverage=how.coverage,
             fixed=how.fixed or layers,
-            fit_ranks=False,
         )

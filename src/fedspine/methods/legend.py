@@ -122,6 +122,8 @@ class Legend(LocalTraining):
     rank: int = 8  # mean over the blocks
     rank_difference: float = 1.0  # lambda: between a block and the one below it
     rank_mode: Literal["global", "per_device"] = "global"  # the same for all, or fitted to links
+    # what an adapter is worth grows with its ranks to this power; for ranks of a device's own
+    rank_worth: float = 0.5
     scale: float = 2.0  # alpha / mean rank, the same for all blocks
     depth_rule: DepthRule = "barrier-floor"  # how LCD chooses depths
     depth: int = 0  # of all devices where the rule is "fixed"; 0: all blocks
@@ -143,7 +145,7 @@ class Legend(LocalTraining):
 
     def check(self, task: Task) -> None:
         layers = task.base.layout.layers
-        check_ranges(self, {"coverage": (0, 1), "discount": (0, 1)})
+        check_ranges(self, {"coverage": (0, 1), "discount": (0, 1), "rank_worth": (0, 1)})
         check_rank("method.rank", (self.rank,), task.base.layout)
         check_depth(self.depth, task.base.layout)
         check_fixed("method.depth", self.depth, "method.depth_rule", self.depth_rule)
@@ -310,7 +312,7 @@ class Legend(LocalTraining):
             least=self.least_depth,
             coverage=self.coverage,
             fixed=self.depth or layers,
-            fit_ranks=self.rank_mode == "per_device",
+            rank_worth=self.rank_worth if self.rank_mode == "per_device" else None,
         )
         return planner.plan(state.times, state.depths, most)
 
