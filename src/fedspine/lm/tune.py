@@ -186,14 +186,8 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     first = first_block(base.layout, lead.model)
     prefixes = [_stored_prefix(request, first) for request in requests]
     plans = [list(batches(r.device.data, tuning, r.device.rng)) for r in requests]
-    teachers = Teachers(
-        base,
-        [
-            (r.device, r.taught, plan)
-            for r, plan in zip(requests, plans, strict=True)
-            if r.taught is not None
-        ],
-    )
+    taught = ((r.device, r.taught, plan) for r, plan in zip(requests, plans, strict=True))
+    teachers = Teachers(base, [each for each in taught if each[1] is not None])
     stack = _stacked(requests)
     module = stack.fit()
     if lead.change is not None:
@@ -216,23 +210,12 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
                 request.device.uses(chosen)
                 seen.append(chosen[request.device.data.predicted(chosen) > 0])
             if entry is not None:
-                parts = zip(requests, prefixes, rows, strict=True)
-                entry.hidden = torch.cat(
-                    [
-                        entering(base, r.device.data, stored, chosen, width)
-                        for r, stored, chosen in parts
-                    ]
-                )
+                entry.hidden = _all_entering(requests, prefixes, rows, width)
             tracker.before_forward(step, inputs["attention_mask"])
             logits = logits_of(module, inputs)
             every = label_losses(logits, inputs["labels"])
             loss = mean_losses(every, inputs["labels"], len(requests))
-            losses.append(loss.detach())
-            if noisy:
-                shown = mean_losses(
-                    every.detach().clamp(max=MOST_LOSS), inputs["labels"], len(requests)
-                )
-                losses[-1] = torch.where(loss.isfinite(), shown, losses[-1])
+            losses.append(_bounded(every, loss, inputs["labels"]) if noisy else loss.detach())
             # in a private run not even that training failed may show
             if alone and lead.device.privacy is None and not torch.isfinite(loss):
                 break
@@ -259,6 +242,32 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
         )
         for i, seen in enumerate(history)
     ]
+
+
+def _all_entering(
+    requests: Sequence[Request],
+    prefixes: Sequence[Tensor | None],
+    rows: Sequence[np.ndarray],
+    width: int,
+) -> Tensor:
+    """What enters the lowest trained block for one step's rows of all devices."""
+    parts = zip(requests, prefixes, rows, strict=True)
+    return torch.cat(
+        [
+            entering(r.device.base, r.device.data, stored, chosen, width)
+            for r, stored, chosen in parts
+        ]
+    )
+
+
+def _bounded(
+    every: Float[Tensor, " labels"], loss: Float[Tensor, " models"], labels: Tensor
+) -> Float[Tensor, " models"]:
+    """The mean losses that a device with noise tells: of labels' losses up to MOST_LOSS, or as they
+    are where one is not finite.
+    """
+    shown = mean_losses(every.detach().clamp(max=MOST_LOSS), labels, len(loss))
+    return torch.where(loss.isfinite(), shown, loss.detach())
 
 
 def _stacked(requests: Sequence[Request]) -> TrainableStack:
