@@ -69,9 +69,7 @@ def is_full(structure: Structure) -> bool:
 
 def is_even(structure: Structure) -> bool:
     """Whether every layer keeps as many heads, and as many channels."""
-    return all(
-        len(set(kept.tolist())) == 1 for kept in kept_counts(structure)
-    )
+    return all(len(set(kept.tolist())) == 1 for kept in kept_counts(structure))
 
 
 def sparsity(layout: PrunableLayout, structure: Structure) -> float:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedspine.control.labels import class_log_ratios, distribution
 from fedspine.core.device import Device
 from fedspine.core.message import Tensors
 from fedspine.core.noise import MOST_LOSS, noise_like, noisy_update
@@ -202,6 +203,7 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
     counted: list[list[np.ndarray]] = [[] for _ in requests]
     known = [request.scores for request in requests]
     noisy = lead.device.noise is not None
+    skews = _label_skews(requests)
     stored = nullcontext() if lead.quantised is None else Stored(base, lead.quantised)
     with teachers, stored, ImportanceTracker(stack, scoring, known) as tracker:
         for step, rows in enumerate(zip(*plans, strict=True)):
@@ -224,6 +226,9 @@ def train(requests: Sequence[Request]) -> list[TuneResult]:
                 for i, r in enumerate(requests)
                 if r.penalty is not None
             ]
+            if skews is not None:
+                adjusted = logits + skews.repeat_interleave(len(rows[0]), 0)
+                loss = losses_of_logits(adjusted, inputs["labels"], len(requests))
             loss = teachers.loss(loss, logits, inputs, rows)
             sum(penalties, start=loss.sum()).backward()
             tracker.update(step)
@@ -334,14 +339,31 @@ def _stored_prefix(request: Request, first: int) -> Tensor | None:
     return device.prefixes.get(name_of(device.id, first, request.model.structure), make)
 
 
+def _label_skews(requests: Sequence[Request]) -> Float[Tensor, "models classes"] | None:
+    """What is added to the logits of each device's rows, by its shares of the labels against equal
+    ones, since it does not know the fleet's; None where nothing is.
+    """
+    base, tuning = requests[0].device.base, requests[0].tuning
+    if not isinstance(tuning, HeldTuning) or not tuning.skew_share:
+        return None
+    classes = base.config.num_labels
+    known = np.stack([distribution(each.device.data.labels, classes) for each in requests])
+    ratios = class_log_ratios(known, np.full(classes, 1 / classes), tuning.skew_share)
+    return torch.from_numpy(ratios).float().to(base.device)
+
+
 def losses_of(module: nn.Module, inputs: Tensors, models: int) -> Float[Tensor, " models"]:
     """Mean cross-entropy of each model's rows: per row for classification, per predicted token for
     language models.
 
     0 for a model of whose labels none counts, such as rows of one token.
     """
-    every = label_losses(logits_of(module, inputs), inputs["labels"])
-    return mean_losses(every, inputs["labels"], models)
+    return losses_of_logits(logits_of(module, inputs), inputs["labels"], models)
+
+
+def losses_of_logits(logits: Tensor, labels: Tensor, models: int) -> Float[Tensor, " models"]:
+    """The same of logits that are known."""
+    return mean_losses(label_losses(logits, labels), labels, models)
 
 
 def logits_of(module: nn.Module, inputs: Tensors) -> Tensor:

@@ -4,6 +4,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from fedspine.control.logit_adjustment import (
+    LabelSkew,
+    LogitAdjustment,
+    Unadjusted,
+    check_logit_adjustment,
+)
 from fedspine.core.checks import Asked, need
 from fedspine.core.errors import BadInput
 from fedspine.core.message import message
@@ -58,6 +64,8 @@ class HeldTuning(Tuning):
     dynamic: bool  # whether the device keeps FedDyn's g and adds its term
     keep_optimiser: bool  # whether AdamW goes on where the device's last training ended
     personal_head: bool  # whether the device goes on with its own head
+    # share of the device's label skew that logits are adjusted by while it trains
+    skew_share: float
 
     @property
     def reads(self) -> Reads:
@@ -71,6 +79,7 @@ class HeldTuning(Tuning):
     def check(self, asked: Asked) -> None:
         super().check(asked)
         check_settings(proximal=self.proximal)
+        need(0 <= self.skew_share < 1, f"skew_share is {self.skew_share}, but below 1 was expected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,7 @@ class HeadTraining:
     head_lr_multiplier: ClassVar[float] = 1.0
     schedule: Schedule = quiet(Linear())  # of the learning rate over the rounds
     drift: Drift = quiet(Free())  # what holds training near what was received
+    logit_adjustment: LogitAdjustment = quiet(Unadjusted())  # in the loss of a device
     keep_optimiser: bool = quiet(False)  # whether a device's AdamW goes on from round to round
     personal_head: ClassVar[bool] = False
 
@@ -127,6 +137,7 @@ def check_tuning(fields: HeadTraining) -> None:
         )
     fields.schedule.check()
     fields.drift.check()
+    check_logit_adjustment(fields.logit_adjustment)
 
 
 def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0) -> Tuning:
@@ -145,7 +156,12 @@ def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0)
             proximal = 0.0
         case FedProx(mu=proximal) | FedDyn(alpha=proximal):
             pass
-    if not (proximal or fields.keep_optimiser or fields.personal_head):
+    match fields.logit_adjustment:
+        case Unadjusted():
+            skew_share = 0.0
+        case LabelSkew(share=skew_share):
+            pass
+    if not (proximal or fields.keep_optimiser or fields.personal_head or skew_share):
         return tuning
     return HeldTuning(
         **vars(tuning),
@@ -153,4 +169,5 @@ def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0)
         dynamic=isinstance(fields.drift, FedDyn),
         keep_optimiser=fields.keep_optimiser,
         personal_head=fields.personal_head,
+        skew_share=skew_share,
     )

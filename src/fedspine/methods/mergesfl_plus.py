@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
+from fedspine.control.logit_adjustment import LabelSkew, LogitAdjustment, Unadjusted
 from fedspine.control.split_parts import Batches, LeastWaiting, Selection, WithinRound
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
@@ -24,7 +25,6 @@ from fedspine.split.baseline import RoundSetup, SplitState, weighted_mean
 from fedspine.split.composed import Known, check_composed
 from fedspine.split.composed_round import RoundPlan, next_state, note_round, plan_round, train
 from fedspine.split.joining import AtOnce, Joining, Late
-from fedspine.split.label_distribution import LabelSkew, LogitAdjustment, Unadjusted
 from fedspine.split.protocol import RoundResult
 from fedspine.split.trainable_half import Optimising
 from fedspine.split.u_shape import MergedMiddle, run_u_shape_round

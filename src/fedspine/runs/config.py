@@ -17,7 +17,7 @@ from fedspine.core.strict import Section
 from fedspine.core.task import AUTO, BUILT_IN_DATA, BUILT_IN_MODELS, NETS
 from fedspine.methods import find
 from fedspine.runs.method_table import method_of
-from fedspine.runs.optimisation import check_held_out, check_optimisation
+from fedspine.runs.optimisation import check_adjusted, check_held_out, check_optimisation
 from fedspine.runs.recipe_checks import (
     check_aggregation,
     check_frozen_bits,
@@ -91,6 +91,7 @@ class Recipe:
         private = made["privacy"].promised
         check_optimisation(made["method"], made["fleet"], made["run"].rounds, private=private)
         check_held_out(made["task"], made["fleet"])
+        check_adjusted(made["task"], made["method"])
         check_frozen_bits(made["run"], made["task"], made["method"])
         for name, part in made.items():
             object.__setattr__(self, name, part)

@@ -4,6 +4,7 @@ stand for.
 
 from typing import Any
 
+from fedspine.control.logit_adjustment import Unadjusted
 from fedspine.core.errors import BadInput
 from fedspine.core.server_optimiser import Accumulated, NoOptimiser, Server
 from fedspine.lm.drift import FedDyn, Free
@@ -49,6 +50,16 @@ def check_optimisation(method: Any, fleet: FleetSection, rounds: int, *, private
         _check_private(method)
 
 
+def check_adjusted(task: TaskSection, method: Any) -> None:
+    """Raise BadInput for logits that are adjusted by labels where there are none."""
+    adjusted = isinstance(method, HeadTraining) and method.logit_adjustment != Unadjusted()
+    if adjusted and task.kind == "causal-lm":
+        raise BadInput(
+            f"method.logit_adjustment is {method.logit_adjustment.name}, but language modelling "
+            "has no classes; leave it out"
+        )
+
+
 def check_held_out(task: TaskSection, fleet: FleetSection) -> None:
     """Raise BadInput for rows that are held out where they cannot be scored."""
     if fleet.held_out is not None and task.kind == "causal-lm":
@@ -70,6 +81,9 @@ def _check_private(method: HeadTraining) -> None:
         f"drift.name = {method.drift.name}": not isinstance(method.drift, Free),
         "keep_optimiser": method.keep_optimiser,
         "personal_head": method.personal_head,
+        f"logit_adjustment = {method.logit_adjustment.name}": (
+            method.logit_adjustment != Unadjusted()
+        ),
     }
     for setting, asked in kept.items():
         if asked:

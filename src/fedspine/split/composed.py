@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fedspine.control.logit_adjustment import LogitAdjustment, Unadjusted, check_logit_adjustment
 from fedspine.control.split_parts import (
     Batches,
     Equal,
@@ -32,7 +33,6 @@ from fedspine.core.task import Task
 from fedspine.split.averaging import Averaging, LastRound, first_mean
 from fedspine.split.baseline import SplitState, SplitTraining, check_split, cutting_of
 from fedspine.split.joining import AtOnce, Joining, check_joining
-from fedspine.split.label_distribution import LogitAdjustment, Unadjusted, check_logit_adjustment
 from fedspine.split.wire import row_bytes
 
 S = TypeVar("S", bound=SplitState)

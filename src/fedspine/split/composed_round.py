@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fedspine.control.labels import divergence, merged, reference
+from fedspine.control.logit_adjustment import LabelSkew
 from fedspine.control.split_parts import (
     Batches,
     Equal,
@@ -43,7 +44,7 @@ from fedspine.split.batch_control import BatchControl
 from fedspine.split.composed import ComposedTraining, Known, asks_labels
 from fedspine.split.exchange_costs import row_costs
 from fedspine.split.joining import AtOnce, Late, LateJoining
-from fedspine.split.label_distribution import LabelSkew, known_labels, logit_adjustments
+from fedspine.split.label_distribution import known_labels, logit_adjustments
 from fedspine.split.messages import Begin
 from fedspine.split.protocol import RoundResult, run_round
 from fedspine.split.server import LogitAdjustments, ServerStep

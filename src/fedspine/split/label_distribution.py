@@ -1,8 +1,6 @@
 """The label distribution of each device: asked once, to choose devices and to adjust logits."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -10,7 +8,6 @@ import torch
 from fedspine.control.labels import class_log_ratios, distribution, reference
 from fedspine.core.checks import Asked, need, tensor_of
 from fedspine.core.device import Device, DeviceId, on_device
-from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost, Fleet, none_left
 from fedspine.core.message import Tensors, message
 from fedspine.core.reads import Reads
@@ -84,36 +81,6 @@ def known_labels(
     if not (replies or someone):
         raise none_left(len(unknown), list(fleet.unusable.values()))
     return {**known} | {reply.device: reply.value.shares for reply in replies}
-
-
-# --- the part of a split method that uses it for what client models learn ---
-
-
-@dataclass(frozen=True)
-class Unadjusted:
-    """Client models learn from the plain gradient."""
-
-    name: ClassVar = "none"
-
-
-@dataclass(frozen=True)
-class LabelSkew:
-    """Logits are adjusted by the label skew of each device; not for language models, which have no
-    classes.
-    """
-
-    name: ClassVar = "label-skew"
-    share: float = 0.95  # share of a device's label skew that is removed from its gradient
-
-
-LogitAdjustment: TypeAlias = Unadjusted | LabelSkew
-
-
-def check_logit_adjustment(adjustment: LogitAdjustment) -> None:
-    if isinstance(adjustment, LabelSkew) and not 0 <= adjustment.share < 1:
-        raise BadInput(
-            f"method.logit_adjustment.share is {adjustment.share}, but 0 to below 1 was expected"
-        )
 
 
 def logit_adjustments(labels: Mapping[DeviceId, np.ndarray], share: float) -> Tensors:
