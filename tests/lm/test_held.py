@@ -8,6 +8,7 @@ import torch
 from test_tune import model_on
 from toy import bits
 
+from fedspine.control.logit_adjustment import LabelSkew
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
 from fedspine.execution.together import _kind
@@ -76,11 +77,52 @@ def test_rates_of_a_run_of_six_rounds(schedule, shares):
         ({"schedule": Linear(floor=float("nan"))}, "schedule.floor is nan, but 0 to 1"),
         ({"drift": FedProx(mu=0.0)}, "drift.mu is 0, but a positive number"),
         ({"drift": FedDyn(alpha=float("nan"))}, "drift.alpha is nan, but a positive number"),
+        ({"logit_adjustment": LabelSkew(share=1.0)}, "share is 1.0, but 0 to below 1"),
     ],
 )
 def test_settings_that_cannot_work(changed, line):
     with pytest.raises(BadInput, match=line):
         check_tuning(dataclasses.replace(TOY, **changed))
+
+
+# --- logits adjusted by a device's label skew ---
+
+ADJUSTED = dataclasses.replace(TOY, logit_adjustment=LabelSkew())
+
+
+def device_of(task, rows):
+    return dataclasses.replace(device_on(task), data=task.train.take(np.array(rows)))
+
+
+def test_equal_shares_of_the_labels_adjust_nothing(task):
+    labels, classes = task.train.labels, task.base.config.num_labels
+    rows = np.concatenate([np.flatnonzero(labels == each)[:12] for each in range(classes)])
+    plain, adjusted = (tuned(task, method, device_of(task, rows)) for method in (TOY, ADJUSTED))
+    assert bits(weights(plain.model)) == bits(weights(adjusted.model))
+    assert plain.loss == adjusted.loss
+
+
+def test_a_skewed_device_trains_as_if_its_head_knew_its_shares(task):
+    """An adjusted logit is that of a head whose bias has the skew, which is taken back after
+    training.
+    """
+    rows = [
+        *np.flatnonzero(task.train.labels == 0)[:30],
+        *np.flatnonzero(task.train.labels == 1)[:6],
+    ]
+    share, classes = LabelSkew().share, task.base.config.num_labels
+    shares = np.bincount(task.train.labels[rows], minlength=classes) / len(rows)
+    skew = torch.tensor(np.log(1 - share + share * shares * classes)).float()
+    model = model_on(task.base)
+    (bias,) = [name for name in model.head if name.endswith("classifier.bias")]
+    shifted = dataclasses.replace(model, head=model.head | {bias: model.head[bias] + skew})
+    plain, adjusted = (dataclasses.replace(each, weight_decay=0.0) for each in (TOY, ADJUSTED))
+    by_hand = tuned(task, plain, device_of(task, rows), shifted).model
+    found = tuned(task, adjusted, device_of(task, rows), model).model
+    assert not torch.allclose(found.head[bias], by_hand.head[bias], atol=0.1)
+    expected = weights(by_hand) | {bias: by_hand.head[bias] - skew}
+    for name, tensor in weights(found).items():
+        assert torch.allclose(tensor, expected[name], atol=1e-2 * TOY.learning_rate)
 
 
 # --- terms against drift ---
