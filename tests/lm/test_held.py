@@ -8,9 +8,9 @@ import torch
 from test_tune import model_on
 from toy import bits
 
-from fedspine.control.logit_adjustment import LabelSkew
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
+from fedspine.core.logit_adjustment import LabelSkew
 from fedspine.execution.together import _kind
 from fedspine.lm.drift import FedDyn, FedProx, Free
 from fedspine.lm.schedules import Constant, Cosine, Linear

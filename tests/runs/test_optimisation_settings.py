@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from runs import in_process, summary_of, tiny_job, write_csv
 
-from fedspine.control.logit_adjustment import LabelSkew
 from fedspine.core.errors import BadInput
+from fedspine.core.logit_adjustment import LabelSkew
 from fedspine.core.server_optimiser import Accumulated, FedAdam, FedAvgM, NoOptimiser
 from fedspine.lm.drift import FedDyn, FedProx
 from fedspine.lm.schedules import Cosine, Linear

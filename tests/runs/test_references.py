@@ -17,7 +17,7 @@ from fedspine.report.tables import headlines
 from fedspine.runs import config, references
 from fedspine.runs.loop import new_run, resume
 from fedspine.runs.run_dir import SUMMARY, summary_of
-from fedspine.runs.run_warnings import CheckContext, doubt, due
+from fedspine.runs.run_warnings import CheckContext, doubt, due, skewed
 from fedspine.ui.progress import Silent
 
 RECIPE = config.load(None, ["run.rounds=24"])
@@ -73,6 +73,22 @@ def test_no_better_than_the_commonest_class_is_said_with_what_to_change() -> Non
         assert "lower method.learning_rate from 0.003 to 0.00075" in line
         assert "run.rounds = 48" in line and line.startswith("after 8 of 24 rounds")
     assert doubt(RECIPE, Recorded(scores=(score(8, 0.67),)), SEEN, 8) is None
+
+
+def test_where_labels_are_skewed_their_adjustment_is_advised() -> None:
+    seen = replace(SEEN, skewed=True)
+    rows = Recorded(scores=(score(8, 0.3),))
+    assert 'method.logit_adjustment.name = "label-skew"' in doubt(RECIPE, rows, seen, 8)
+    adjusted = config.load(None, ["method.logit_adjustment.name=label-skew"])
+    assert "lower method.learning_rate" in doubt(adjusted, rows, seen, 8)
+
+
+def test_labels_are_skewed_where_devices_have_little_but_one_class() -> None:
+    labels = np.array([0, 1, 2, 3] * 6)
+    even = [np.arange(0, 12), np.arange(12, 24)]
+    single = [np.flatnonzero(labels == each) for each in range(4)]
+    assert not skewed(labels, even)
+    assert skewed(labels, single) and skewed(labels, [*single, np.array([], int)])
 
 
 def test_what_pruning_alone_costs_is_not_doubted() -> None:

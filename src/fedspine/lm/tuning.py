@@ -4,14 +4,14 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from fedspine.control.logit_adjustment import (
+from fedspine.core.checks import Asked, need
+from fedspine.core.errors import BadInput
+from fedspine.core.logit_adjustment import (
     LabelSkew,
     LogitAdjustment,
     Unadjusted,
     check_logit_adjustment,
 )
-from fedspine.core.checks import Asked, need
-from fedspine.core.errors import BadInput
 from fedspine.core.message import message
 from fedspine.core.parts import quiet
 from fedspine.core.reads import KEPT_ADAMW, Descent, Reads, lasting

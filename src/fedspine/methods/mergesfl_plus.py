@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from fedspine.control.logit_adjustment import LabelSkew, LogitAdjustment, Unadjusted
 from fedspine.control.split_parts import Batches, LeastWaiting, Selection, WithinRound
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import Fleet
+from fedspine.core.logit_adjustment import LabelSkew, LogitAdjustment, Unadjusted
 from fedspine.core.method import method
 from fedspine.core.reads import Reads
 from fedspine.core.task import Task

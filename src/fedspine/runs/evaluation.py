@@ -21,7 +21,7 @@ from fedspine.runs.own_rows import own_scores, with_own_head
 from fedspine.runs.read_data import dataset
 from fedspine.runs.run_context import Point, RunContext
 from fedspine.runs.run_dir import RECORDS
-from fedspine.runs.run_warnings import CheckContext, doubt
+from fedspine.runs.run_warnings import CheckContext, doubt, skewed
 from fedspine.storage.records import plain
 
 
@@ -75,7 +75,7 @@ def current_doubt(context: RunContext, point: Point) -> str | None:
     rows = recorded(context)
     final = bool(rows.scores) and rows.scores[-1].final
     scored = run.final_rows_of(len(task.test)) if final else min(run.evaluate_rows, len(task.test))
-    seen = CheckContext(scored, _commonest(context, scored))
+    seen = CheckContext(scored, _commonest(context, scored), _skewed(context))
     return doubt(context.recipe, rows, seen, point.round)
 
 
@@ -100,6 +100,12 @@ def _commonest(context: RunContext, rows: int) -> float | None:
     return references.commonest_share(
         None if labels is None else labels[test_order(context.assembled)[:rows]]
     )
+
+
+def _skewed(context: RunContext) -> bool:
+    """Whether devices' labels are skewed; unknown, so not, where they are elsewhere."""
+    labels, shares = context.assembled.task.train.labels, context.assembled.shares
+    return labels is not None and len(labels) > 0 and skewed(labels, shares)
 
 
 def reference_scores(

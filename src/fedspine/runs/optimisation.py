@@ -4,8 +4,8 @@ stand for.
 
 from typing import Any
 
-from fedspine.control.logit_adjustment import Unadjusted
 from fedspine.core.errors import BadInput
+from fedspine.core.logit_adjustment import Unadjusted
 from fedspine.core.server_optimiser import Accumulated, NoOptimiser, Server
 from fedspine.lm.drift import FedDyn, Free
 from fedspine.lm.tuning import HeadTraining

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from fedspine.core.logit_adjustment import Unadjusted
+from fedspine.lm.tuning import HeadTraining
 from fedspine.report.rows import RunRows
 from fedspine.report.tables import decimal, percent
 from fedspine.runs.config import Recipe
@@ -18,15 +20,19 @@ PART = 5  # after this part of the rounds it is asked for the first time
 # standard errors that a loss must rise by: one false alarm in 700 where nothing changes
 NOISE = 3.0
 FEWEST = 4  # losses of devices on either side that a comparison needs
+SKEW = 0.25  # by which a device's largest class must be larger than the fleet's
 SLOWER = 4  # the learning rate that is proposed is so many times lower
 
 
 @dataclass(frozen=True)
 class CheckContext:
-    """The test rows of a run's checks, and the commonest class's share of them."""
+    """The test rows of a run's checks, the commonest class's share of them, and whether devices'
+    labels are skewed.
+    """
 
     rows: int
     commonest: float | None  # None for language modelling
+    skewed: bool = False  # False where it is not known
 
 
 def due(recipe: Recipe, round: int) -> bool:
@@ -40,10 +46,10 @@ def doubt(recipe: Recipe, rows: RunRows, seen: CheckContext, round: int) -> str 
     """One line on what is wrong after so many rounds, and what to change; None where nothing is."""
     when = f"after {round} of {recipe.run.rounds} rounds"
     if what := _rising(rows, seen):
-        return f"{when} {what}; {_slower(recipe)}"
+        return f"{when} {what}; {_remedy(recipe, seen)}"
     if what := _one_answer(rows, seen):
         more = f"train longer with run.rounds = {2 * recipe.run.rounds}"
-        return f"{when} {what}; {_slower(recipe)}, or {more}"
+        return f"{when} {what}; {_remedy(recipe, seen)}, or {more}"
     return None
 
 
@@ -104,6 +110,27 @@ def _unpruned(score: Any) -> float | None:
 
 def _error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / sqrt(len(values)))
+
+
+def skewed(labels: np.ndarray, shares: Sequence[np.ndarray]) -> bool:
+    """Whether the commonest class has on average a share of a device's rows that is by `SKEW`
+    larger than its share of all; `shares` are the rows of each device.
+    """
+    own = [np.bincount(labels[rows]).max() / len(rows) for rows in shares if len(rows)]
+    return bool(own) and float(np.mean(own)) >= SKEW + np.bincount(labels).max() / len(labels)
+
+
+def _remedy(recipe: Recipe, seen: CheckContext) -> str:
+    method = recipe.method
+    if (
+        seen.skewed
+        and isinstance(method, HeadTraining)
+        and method.logit_adjustment == Unadjusted()
+        and not recipe.privacy.promised
+    ):
+        adjusted = 'set method.logit_adjustment.name = "label-skew"'
+        return f"most rows of a device have one class: {adjusted}, or {_slower(recipe)}"
+    return _slower(recipe)
 
 
 def _slower(recipe: Recipe) -> str:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedspine.control.logit_adjustment import LogitAdjustment, Unadjusted, check_logit_adjustment
 from fedspine.control.split_parts import (
     Batches,
     Equal,
@@ -27,6 +26,7 @@ from fedspine.control.split_parts import (
 from fedspine.control.worker_state import WorkerState
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
+from fedspine.core.logit_adjustment import LogitAdjustment, Unadjusted, check_logit_adjustment
 from fedspine.core.message import message
 from fedspine.core.parts import quiet
 from fedspine.core.task import Task

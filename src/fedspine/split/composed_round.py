@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fedspine.control.labels import divergence, merged, reference
-from fedspine.control.logit_adjustment import LabelSkew
 from fedspine.control.split_parts import (
     Batches,
     Equal,
@@ -29,6 +28,7 @@ from fedspine.control.split_plan import Candidates, Goal, plan_split
 from fedspine.control.worker_state import costs
 from fedspine.core.device import DeviceId
 from fedspine.core.fleet import AllLost, Fleet, weights_of
+from fedspine.core.logit_adjustment import LabelSkew
 from fedspine.core.message import Tensors
 from fedspine.split.averaging import mean_after
 from fedspine.split.baseline import (
