@@ -10,7 +10,7 @@ from toy import bits
 
 from fedspine.core.device import Device
 from fedspine.core.errors import BadInput
-from fedspine.core.logit_adjustment import LabelSkew
+from fedspine.core.logit_adjustment import OwnLabelSkew
 from fedspine.execution.together import _kind
 from fedspine.lm.drift import FedDyn, FedProx, Free
 from fedspine.lm.schedules import Constant, Cosine, Linear
@@ -77,7 +77,7 @@ def test_rates_of_a_run_of_six_rounds(schedule, shares):
         ({"schedule": Linear(floor=float("nan"))}, "schedule.floor is nan, but 0 to 1"),
         ({"drift": FedProx(mu=0.0)}, "drift.mu is 0, but a positive number"),
         ({"drift": FedDyn(alpha=float("nan"))}, "drift.alpha is nan, but a positive number"),
-        ({"logit_adjustment": LabelSkew(share=1.0)}, "share is 1.0, but 0 to below 1"),
+        ({"logit_adjustment": OwnLabelSkew(share=1.1)}, "share is 1.1, but 0 to 1"),
     ],
 )
 def test_settings_that_cannot_work(changed, line):
@@ -87,7 +87,7 @@ def test_settings_that_cannot_work(changed, line):
 
 # --- logits adjusted by a device's label skew ---
 
-ADJUSTED = dataclasses.replace(TOY, logit_adjustment=LabelSkew())
+ADJUSTED = dataclasses.replace(TOY, logit_adjustment=OwnLabelSkew())
 
 
 def device_of(task, rows):
@@ -110,19 +110,29 @@ def test_a_skewed_device_trains_as_if_its_head_knew_its_shares(task):
         *np.flatnonzero(task.train.labels == 0)[:30],
         *np.flatnonzero(task.train.labels == 1)[:6],
     ]
-    share, classes = LabelSkew().share, task.base.config.num_labels
+    share, classes = 0.95, task.base.config.num_labels
     shares = np.bincount(task.train.labels[rows], minlength=classes) / len(rows)
     skew = torch.tensor(np.log(1 - share + share * shares * classes)).float()
     model = model_on(task.base)
     (bias,) = [name for name in model.head if name.endswith("classifier.bias")]
     shifted = dataclasses.replace(model, head=model.head | {bias: model.head[bias] + skew})
-    plain, adjusted = (dataclasses.replace(each, weight_decay=0.0) for each in (TOY, ADJUSTED))
+    part = dataclasses.replace(ADJUSTED, logit_adjustment=OwnLabelSkew(share=share))
+    plain, adjusted = (dataclasses.replace(each, weight_decay=0.0) for each in (TOY, part))
     by_hand = tuned(task, plain, device_of(task, rows), shifted).model
     found = tuned(task, adjusted, device_of(task, rows), model).model
     assert not torch.allclose(found.head[bias], by_hand.head[bias], atol=0.1)
     expected = weights(by_hand) | {bias: by_hand.head[bias] - skew}
     for name, tensor in weights(found).items():
         assert torch.allclose(tensor, expected[name], atol=1e-2 * TOY.learning_rate)
+
+
+def test_a_device_of_one_class_teaches_nothing(task):
+    rows = np.flatnonzero(task.train.labels == 0)[:40]
+    method = dataclasses.replace(ADJUSTED, weight_decay=0.0)
+    model = model_on(task.base)
+    found = tuned(task, method, device_of(task, rows), model)
+    assert bits(weights(found.model)) == bits(weights(model))
+    assert found.loss > 0.1  # that of the plain logits
 
 
 # --- terms against drift ---

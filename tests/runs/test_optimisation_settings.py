@@ -9,7 +9,7 @@ import pytest
 from runs import in_process, summary_of, tiny_job, write_csv
 
 from fedspine.core.errors import BadInput
-from fedspine.core.logit_adjustment import LabelSkew
+from fedspine.core.logit_adjustment import OwnLabelSkew
 from fedspine.core.server_optimiser import Accumulated, FedAdam, FedAvgM, NoOptimiser
 from fedspine.lm.drift import FedDyn, FedProx
 from fedspine.lm.schedules import Cosine, Linear
@@ -107,8 +107,16 @@ PRIVATE = {"epsilon": 8.0, "delta": 1e-5}
         (FedLora(drift=FedProx()), PRIVATE, "does not account for method.drift.name = fedprox"),
         (FedLora(keep_optimiser=True), PRIVATE, "does not account for method.keep_optimiser"),
         (FedLora(personal_head=True), PRIVATE, "does not account for method.personal_head"),
-        (FedLora(logit_adjustment=LabelSkew()), PRIVATE, "not account for method.logit_adjustment"),
-        (FedLora(logit_adjustment=LabelSkew()), {"kind": "causal-lm"}, "modelling has no classes"),
+        (
+            FedLora(logit_adjustment=OwnLabelSkew()),
+            PRIVATE,
+            "not account for method.logit_adjustment",
+        ),
+        (
+            FedLora(logit_adjustment=OwnLabelSkew()),
+            {"kind": "causal-lm"},
+            "modelling has no classes",
+        ),
         (FedLora(), {"held_out": 1.0}, "fleet.held_out"),
         (FedLora(), {"held_out": 0.1, "kind": "causal-lm"}, "and language modelling has none"),
     ],

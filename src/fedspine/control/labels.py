@@ -43,7 +43,8 @@ def class_log_ratios(
     share: float,
 ) -> Float[np.ndarray, "workers classes"]:
     """`share` times log(V_i / Phi_0): how much more likely each class is at a worker than in the
-    fleet, in nats, [workers, classes]; 0 for a worker with the fleet's label distribution.
+    fleet, in nats, [workers, classes]; 0 for a worker with the fleet's label distribution, and at
+    `share` 1 minus infinity for a class that it lacks.
 
     With logits adjusted by it, as in logit adjustment (Menon et al. 2021, arXiv:2007.07314) and
     FedLC (Zhang et al. 2022, arXiv:2209.00189), a model gains nothing from knowing which worker a

@@ -16,6 +16,9 @@ class Unadjusted:
 
     name: ClassVar = "none"
 
+    def check(self) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class LabelSkew:
@@ -26,13 +29,29 @@ class LabelSkew:
     name: ClassVar = "label-skew"
     share: float = 0.95  # share of a device's label skew that is removed from its gradient
 
+    def check(self) -> None:
+        if not 0 <= self.share < 1:
+            raise BadInput(
+                f"method.logit_adjustment.share is {self.share}, but 0 to below 1 was expected"
+            )
+
+
+@dataclass(frozen=True)
+class OwnLabelSkew:
+    """The same by a device that knows its own labels, so that all of the skew can be removed: of
+    classes that it lacks it then learns nothing. What is left of a gradient counts in full, since
+    AdamW's steps do not shrink with it.
+    """
+
+    name: ClassVar = "label-skew"
+    share: float = 1.0
+
+    def check(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise BadInput(
+                f"method.logit_adjustment.share is {self.share}, but 0 to 1 was expected"
+            )
+
 
 LogitAdjustment: TypeAlias = Unadjusted | LabelSkew
-
-
-def check_logit_adjustment(adjustment: LogitAdjustment) -> None:
-    """Raise BadInput for a share of the skew that cannot be removed."""
-    if isinstance(adjustment, LabelSkew) and not 0 <= adjustment.share < 1:
-        raise BadInput(
-            f"method.logit_adjustment.share is {adjustment.share}, but 0 to below 1 was expected"
-        )
+OwnLogitAdjustment: TypeAlias = Unadjusted | OwnLabelSkew

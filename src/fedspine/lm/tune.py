@@ -348,7 +348,8 @@ def _label_skews(requests: Sequence[Request]) -> Float[Tensor, "models classes"]
         return None
     classes = base.config.num_labels
     known = np.stack([distribution(each.device.data.labels, classes) for each in requests])
-    ratios = class_log_ratios(known, np.full(classes, 1 / classes), tuning.skew_share)
+    with np.errstate(divide="ignore"):  # at a share of 1, of classes that the device lacks
+        ratios = class_log_ratios(known, np.full(classes, 1 / classes), tuning.skew_share)
     return torch.from_numpy(ratios).float().to(base.device)
 
 

@@ -4,14 +4,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from fedspine.core.checks import Asked, need
+from fedspine.core.checks import Asked, need, within
 from fedspine.core.errors import BadInput
-from fedspine.core.logit_adjustment import (
-    LabelSkew,
-    LogitAdjustment,
-    Unadjusted,
-    check_logit_adjustment,
-)
+from fedspine.core.logit_adjustment import OwnLabelSkew, OwnLogitAdjustment, Unadjusted
 from fedspine.core.message import message
 from fedspine.core.parts import quiet
 from fedspine.core.reads import KEPT_ADAMW, Descent, Reads, lasting
@@ -79,7 +74,7 @@ class HeldTuning(Tuning):
     def check(self, asked: Asked) -> None:
         super().check(asked)
         check_settings(proximal=self.proximal)
-        need(0 <= self.skew_share < 1, f"skew_share is {self.skew_share}, but below 1 was expected")
+        within("skew_share", self.skew_share, 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +88,7 @@ class HeadTraining:
     head_lr_multiplier: ClassVar[float] = 1.0
     schedule: Schedule = quiet(Linear())  # of the learning rate over the rounds
     drift: Drift = quiet(Free())  # what holds training near what was received
-    logit_adjustment: LogitAdjustment = quiet(Unadjusted())  # in the loss of a device
+    logit_adjustment: OwnLogitAdjustment = quiet(Unadjusted())  # in the loss of a device
     keep_optimiser: bool = quiet(False)  # whether a device's AdamW goes on from round to round
     personal_head: ClassVar[bool] = False
 
@@ -137,7 +132,7 @@ def check_tuning(fields: HeadTraining) -> None:
         )
     fields.schedule.check()
     fields.drift.check()
-    check_logit_adjustment(fields.logit_adjustment)
+    fields.logit_adjustment.check()
 
 
 def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0) -> Tuning:
@@ -159,7 +154,7 @@ def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0)
     match fields.logit_adjustment:
         case Unadjusted():
             skew_share = 0.0
-        case LabelSkew(share=skew_share):
+        case OwnLabelSkew(share=skew_share):
             pass
     if not (proximal or fields.keep_optimiser or fields.personal_head or skew_share):
         return tuning

@@ -26,7 +26,7 @@ from fedspine.control.split_parts import (
 from fedspine.control.worker_state import WorkerState
 from fedspine.core.device import DeviceId
 from fedspine.core.errors import BadInput
-from fedspine.core.logit_adjustment import LogitAdjustment, Unadjusted, check_logit_adjustment
+from fedspine.core.logit_adjustment import LogitAdjustment, Unadjusted
 from fedspine.core.message import message
 from fedspine.core.parts import quiet
 from fedspine.core.task import Task
@@ -127,7 +127,7 @@ def check_composed(method: ComposedTraining, task: Task) -> None:
     check_split(method, task)
     check_control(method.selection, method.batches)
     check_joining(method.joining)
-    check_logit_adjustment(method.logit_adjustment)
+    method.logit_adjustment.check()
     if not 0 < method.client_lr_multiplier < inf:
         raise BadInput(
             f"method.client_lr_multiplier is {method.client_lr_multiplier}, but a finite number "
