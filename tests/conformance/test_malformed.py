@@ -20,6 +20,7 @@ from fedspine.control.split_parts import Regulated
 from fedspine.core.checks import Agreeing, Asked, Terms, check_state, why_unusable
 from fedspine.core.device import find_work
 from fedspine.core.fleet import AllLost, Diverged
+from fedspine.core.logit_adjustment import OwnLabelSkew
 from fedspine.core.schema import conforms, work_kinds
 from fedspine.flare.session import FlareSession
 from fedspine.flare.site_worker import works_of
@@ -92,7 +93,13 @@ VARIANTS = {name: short(name) for name in sorted(METHODS)} | {
     "net": replace(short("splitfed_v2"), rank=4),
     "net u-shape": replace(short("mergesfl-plus"), labels_stay=True, batches=Regulated()),
     "net pyramidfl": short("pyramidfl"),
-    "held": replace(short("fedlora"), drift=FedDyn(), keep_optimiser=True, personal_head=True),
+    "held": replace(
+        short("fedlora"),
+        drift=FedDyn(),
+        keep_optimiser=True,
+        personal_head=True,
+        logit_adjustment=OwnLabelSkew(),
+    ),
     "uniform": replace(
         short("fedspine"), structure="uniform", sparsity=0.4, teacher=DenseTeacher(hidden=0.1)
     ),

@@ -83,8 +83,7 @@ def sure(name, tensor):
     return 1e-2 * tensor
 
 
-HELD = {"proximal": 0.0, "dynamic": False, "keep_optimiser": True}
-HELD |= {"personal_head": False, "skew_share": 0.0}
+HELD = {"proximal": 0.0, "dynamic": False, "keep_optimiser": True, "personal_head": False}
 BEYOND = [
     (of_tuning(steps=7, batch=5), "expected at least 8 steps behind an answer, got 7"),
     # 64 steps of which the decay leaves one

@@ -114,16 +114,11 @@ class DepthPlanner:
             spread = np.linspace(self.least, len(self.ranks), len(devices))
             fixed = self.rule == "fixed"
             chosen = np.minimum(self.fixed if fixed else spread.round().astype(int), largest)
-            first = self.rank_worth is not None
-            return DepthPlan(
-                dict(zip(devices, map(int, chosen), strict=True)),
-                {},
-                {
-                    id: own_ranks(self.ranks, int(depth), FIRST_SHARE)
-                    for id, depth in zip(devices, chosen, strict=True)
-                    if first
-                },
-            )
+            depths = dict(zip(devices, map(int, chosen), strict=True))
+            if self.rank_worth is None:
+                return DepthPlan(depths, {}, {})
+            cut = {id: own_ranks(self.ranks, depth, FIRST_SHARE) for id, depth in depths.items()}
+            return DepthPlan(depths, {}, cut)
         if self.rank_worth is not None:
             return self._with_own_ranks(known, devices, largest)
         chosen = choose_depths(

@@ -31,7 +31,7 @@ from fedspine.lm.request import Request, TuneResult
 from fedspine.lm.stored import Quantised, Stored
 from fedspine.lm.trainable_stack import TrainableStack
 from fedspine.lm.training_account import account, account_rows
-from fedspine.lm.tuning import HeldTuning, Tuning
+from fedspine.lm.tuning import AdjustedTuning, HeldTuning, Tuning
 
 LAST = 5  # steps whose mean loss stands for where training ended
 
@@ -344,7 +344,7 @@ def _label_skews(requests: Sequence[Request]) -> Float[Tensor, "models classes"]
     ones, since it does not know the fleet's; None where nothing is.
     """
     base, tuning = requests[0].device.base, requests[0].tuning
-    if not isinstance(tuning, HeldTuning) or not tuning.skew_share:
+    if not isinstance(tuning, AdjustedTuning):
         return None
     classes = base.config.num_labels
     known = np.stack([distribution(each.device.data.labels, classes) for each in requests])

@@ -59,8 +59,6 @@ class HeldTuning(Tuning):
     dynamic: bool  # whether the device keeps FedDyn's g and adds its term
     keep_optimiser: bool  # whether AdamW goes on where the device's last training ended
     personal_head: bool  # whether the device goes on with its own head
-    # share of the device's label skew that logits are adjusted by while it trains
-    skew_share: float
 
     @property
     def reads(self) -> Reads:
@@ -74,7 +72,18 @@ class HeldTuning(Tuning):
     def check(self, asked: Asked) -> None:
         super().check(asked)
         check_settings(proximal=self.proximal)
+
+
+@message
+class AdjustedTuning(HeldTuning):
+    """The same with logits that are adjusted by the device's label skew while it trains."""
+
+    skew_share: float  # of the skew, that is removed
+
+    def check(self, asked: Asked) -> None:
+        super().check(asked)
         within("skew_share", self.skew_share, 0.0, 1.0)
+        need(asked.terms.classes > 0, "skew_share is for classes, and the task has none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +167,11 @@ def tuning_at(fields: HeadTraining, round: int, rounds: int, turns: float = 1.0)
             pass
     if not (proximal or fields.keep_optimiser or fields.personal_head or skew_share):
         return tuning
-    return HeldTuning(
+    held = HeldTuning(
         **vars(tuning),
         proximal=proximal,
         dynamic=isinstance(fields.drift, FedDyn),
         keep_optimiser=fields.keep_optimiser,
         personal_head=fields.personal_head,
-        skew_share=skew_share,
     )
+    return AdjustedTuning(**vars(held), skew_share=skew_share) if skew_share else held
