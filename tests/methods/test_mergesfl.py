@@ -23,6 +23,7 @@ from fedspine.control.split_parts import (
 )
 from fedspine.core.errors import BadInput
 from fedspine.core.fleet import AllLost
+from fedspine.core.logit_adjustment import LabelSkew, Unadjusted
 from fedspine.lm.lora import b_name
 from fedspine.lm.tune import losses_of
 from fedspine.methods.mergesfl import MergeSfl
@@ -32,7 +33,7 @@ from fedspine.split.averaging import LastRound
 from fedspine.split.batches import drawn, rows_at
 from fedspine.split.cut import split_model_of
 from fedspine.split.joining import AtOnce, Late
-from fedspine.split.label_distribution import LabelSkew, Unadjusted, logit_adjustments
+from fedspine.split.label_distribution import logit_adjustments
 from fedspine.split.messages import Ended, Forwarded
 
 # plain SGD on what is sent unrounded, so that the split can be compared with no split

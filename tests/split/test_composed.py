@@ -14,6 +14,7 @@ from fedspine.control.split_parts import (
     Regulated,
     WithinRound,
 )
+from fedspine.core.logit_adjustment import LabelSkew, Unadjusted
 from fedspine.core.message import pack, unpack
 from fedspine.core.parts import table_of
 from fedspine.methods.adasfl import AdaSfl, AdaSflState
@@ -26,7 +27,6 @@ from fedspine.split.baseline import SplitState
 from fedspine.split.composed import ComposedState
 from fedspine.split.cut import split_model_of
 from fedspine.split.joining import AtOnce, Late
-from fedspine.split.label_distribution import LabelSkew, Unadjusted
 
 UNEQUAL = ("tx2", "tx2", "tx2", "nx", "nx", "nx", "agx", "agx")
 COMMON = {"cut": 1, "rank": 4, "steps": 3, "batch": 16, "learning_rate": 2e-2}
