@@ -1,11 +1,12 @@
 """Aggregates adapters of unequal rank and shape; `lm/factoring.py` cuts the result to any of them.
 
-There are three ways. Factor averaging is FedAvg of A and B with zero-padding, and plain FedAvg if
-all ranks are equal; HetLoRA uses it with the weights of `by_norm`. Product averaging, FlexLoRA's,
-averages the products B A. FedSpine (section 3.1 of the reconstruction) averages each device's
-*change* in the coordinates of W. The last two average each entry over the devices that still own
-it, and keep the best rank-R factors of the sum; only in the last are directions that few devices
-have the rank for not diluted by the others, and a round without training changes nothing.
+There are three ways. Factor averaging is FedAvg of A and B, padded with zeros or, in LEGEND, with
+the values before, and plain FedAvg if all ranks are equal; HetLoRA uses it with the weights of
+`by_norm`. Product averaging, FlexLoRA's, averages the products B A. FedSpine (section 3.1 of the
+reconstruction) averages each device's *change* in the coordinates of W. The last two average each
+entry over the devices that still own it, and keep the best rank-R factors of the sum; only in the
+last are directions that few devices have the rank for not diluted by the others, and a round
+without training changes nothing.
 """
 
 from collections.abc import Callable, Iterable, Sequence
