@@ -13,6 +13,7 @@ from fedspine.core import strict
 from fedspine.core.errors import BadInput
 from fedspine.runs import task_record
 from fedspine.runs.recipe_format import FORMAT, format_of, state_is_read
+from fedspine.storage.files import is_special
 from fedspine.storage.records import RECORDS as RECORDS
 from fedspine.storage.store import Store, write_atomically
 
@@ -41,7 +42,7 @@ def check_folder(run_dir: Path) -> None:
         )
     for folder in (run_dir, run_dir / STATE):
         for path in folder.iterdir():  # opening a pipe would block
-            if path.exists() and not (path.is_file() or path.is_dir()):
+            if is_special(path):
                 raise BadInput(
                     f"{path} is neither a file nor a folder; remove it, or restore what was there "
                     "from a copy"

@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import stat
 from pathlib import Path
 
 
@@ -13,6 +14,18 @@ def bytes_of(path: Path) -> bytes:
         if error.errno in (errno.EISDIR, errno.ELOOP):
             raise ValueError(f"{path.name} is no file") from None
         raise
+
+
+def is_special(path: Path) -> bool:
+    """Whether a pipe, a socket or a device lies here, which could block whoever opens it.
+
+    It looks once, so that a file that a running process removes meanwhile is none of these.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # it is gone, or a link to nothing
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def remove(path: Path) -> None:
