@@ -291,6 +291,8 @@ def test_own_ranks_save_traffic_of_slow_links(bench):
         ({"rank": 0}, "method.rank"),
         ({"rank": 10**6}, "method.rank"),
         ({"coverage": 1.5}, "method.coverage"),
+        ({"rank_worth": 1.5, "rank_mode": "per_device"}, "method.rank_worth"),
+        ({"rank_worth": 0.3}, "leave it out, or set method.rank_mode to per_device"),
         ({"probe_batches": -1}, "cannot be negative"),
     ],
 )

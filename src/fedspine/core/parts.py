@@ -6,6 +6,8 @@ name and the part's own settings; without a name it is the method's default part
 
 import dataclasses
 import types
+from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fedspine.core import strict
@@ -14,7 +16,8 @@ from fedspine.core.errors import BadInput, unknown
 T = TypeVar("T")
 
 
-def choices_of(cls: type) -> dict[str, dict[str, type]]:
+@cache
+def choices_of(cls: type) -> Mapping[str, dict[str, type]]:
     """The classes that each composed field of a dataclass may hold, by field, then by name."""
     hints = get_type_hints(cls)
     found = {field.name: _members(hints[field.name]) for field in dataclasses.fields(cls)}

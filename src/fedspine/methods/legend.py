@@ -149,6 +149,11 @@ class Legend(LocalTraining):
         check_rank("method.rank", (self.rank,), task.base.layout)
         check_depth(self.depth, task.base.layout)
         check_fixed("method.depth", self.depth, "method.depth_rule", self.depth_rule)
+        if self.rank_mode == "global" and self.rank_worth != Legend.rank_worth:
+            raise BadInput(
+                f"method.rank_worth is {self.rank_worth}, but with method.rank_mode = global all "
+                "devices have the same ranks; leave it out, or set method.rank_mode to per_device"
+            )
         check_least_depth(self.least_depth, task.base.layout)
         if self.probe_batches < 0:
             raise BadInput(
