@@ -15,35 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from importance import measured
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from fedspine.core.task import Examples, Task
 from fedspine.lm.load import locate
+from fedspine.lm.pooling import built, reading, stock_class
 
 RESULTS = Path(__file__).parent / "results" / "one_place.jsonl"
 STEPS, BATCH, LAYERS = 1200, 16, 3
 HEAD = 3.0  # the head's rate as a multiple of the model's, as in the federated runs
 RATES = {"whole": (5e-5, 1e-4, 2e-4), "lora": (1e-3, 3e-3), "head": (3e-3, 1e-2)}
 LARGEST = 1500  # test rows
-
-
-class Classifier(nn.Module):
-    """A linear head on the mean of a stock encoder's tokens."""
-
-    def __init__(self, encoder: PreTrainedModel, classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, classes)
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        found: BaseModelOutput = self.encoder(**inputs)
-        mask = inputs["attention_mask"][..., None]
-        return self.head((found.last_hidden_state * mask).sum(1) / mask.sum(1))
 
 
 def compared(task: Task, seed: int) -> Iterable[dict[str, Any]]:
@@ -54,15 +37,25 @@ def compared(task: Task, seed: int) -> Iterable[dict[str, Any]]:
             yield {"how": how, "learning_rate": rate, "accuracy": accuracy(model, task)}
 
 
-def trained(task: Task, how: str, rate: float, rng: np.random.Generator) -> Classifier:
-    encoder = AutoModel.from_pretrained(locate("minilm"), num_hidden_layers=LAYERS)
-    encoder.requires_grad_(how == "whole")
+def trained(task: Task, how: str, rate: float, rng: np.random.Generator) -> nn.Module:
+    pooling = task.base.pooling  # read as in the federated runs, pairs as two texts
+    module = built(
+        stock_class(pooling).from_pretrained(
+            locate("minilm"), num_hidden_layers=LAYERS, num_labels=len(task.label_names)
+        ),
+        pooling,
+    )
+    backbone, head = module.base_model, module.classifier
+    backbone.requires_grad_(how == "whole")
     if how == "lora":
-        settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-        encoder = get_peft_model(encoder, settings)
-    model = Classifier(encoder, len(task.label_names)).train(how == "whole")
-    body = [p for p in model.encoder.parameters() if p.requires_grad]
-    groups = [{"params": model.head.parameters(), "lr": HEAD * rate}]
+        inject_adapter_in_model(
+            LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), backbone
+        )
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    model = reading(module, pooling).train(how == "whole")
+    body = [p for p in backbone.parameters() if p.requires_grad]
+    groups = [{"params": head.parameters(), "lr": HEAD * rate}]
     if body:
         groups.append({"params": body, "lr": rate})
     optimiser = torch.optim.AdamW(groups, weight_decay=0.1 if how == "lora" else 0.01)
@@ -70,7 +63,7 @@ def trained(task: Task, how: str, rate: float, rng: np.random.Generator) -> Clas
     for rows in batches(task.train, rng):
         inputs = task.train.batch(rows)
         labels = inputs.pop("labels")
-        nn.functional.cross_entropy(model(inputs), labels).backward()
+        nn.functional.cross_entropy(model(**inputs).logits, labels).backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimiser.step()
         optimiser.zero_grad()
@@ -89,13 +82,13 @@ def batches(data: Examples, rng: np.random.Generator) -> Iterable[np.ndarray]:
 
 
 @torch.no_grad()
-def accuracy(model: Classifier, task: Task) -> float:
+def accuracy(model: nn.Module, task: Task) -> float:
     data, right = task.test, 0
     count = min(len(data), LARGEST)
     for begin in range(0, count, 100):
         inputs = data.batch(np.arange(begin, min(begin + 100, count)))
         labels = inputs.pop("labels")
-        right += int((model(inputs).argmax(-1) == labels).sum())
+        right += int((model(**inputs).logits.argmax(-1) == labels).sum())
     return right / count
 
 
