@@ -1,9 +1,9 @@
 """What a model learns where all rows lie in one place: the ceiling of a federated run.
 
-Whole fine-tuning, LoRA on all projections and a linear head on the frozen base, each by stock
-transformers and PEFT, with as many training rows as `where_lost.toml` gives its devices together
-(24 rounds of 5 devices, each 10 steps of 16 rows). Prints a row for each and appends it to
-`results/one_place.jsonl`.
+Whole fine-tuning, LoRA on all projections and a linear head on the frozen base, by stock
+transformers and PEFT under the readout of the federated runs, with as many training rows as
+`where_lost.toml` gives its devices together (24 rounds of 5 devices, each 10 steps of 16 rows).
+Prints a row for each and appends it to `results/one_place.jsonl`.
 
     python experiments/one_place.py --data DATA --sets pydoc-topics sst2 trec6 mrpc --seeds 0 1 2
 """

@@ -6,7 +6,7 @@ from itertools import cycle
 
 from fedspine.storage.files import is_special
 
-PASSES = 2000  # with three looks at each file, some forty of these were wrong
+PASSES = 2000  # enough: with three looks at each file, it failed every time
 
 
 def test_a_file_that_goes_while_it_is_looked_at_is_not_special(tmp_path) -> None:

@@ -23,7 +23,7 @@ def is_special(path: Path) -> bool:
     """
     try:
         mode = path.stat().st_mode
-    except OSError:  # it is gone, or a link to nothing
+    except OSError:  # gone, a link to nothing, or not to be looked at, which reading it says
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
